@@ -1,0 +1,171 @@
+"""Our own reader of safetensors files: memory-mapped, zero-copy, and strict about every number.
+
+Layout: 8 bytes little-endian N; N bytes of JSON, `{name: {dtype, shape, data_offsets: [from, to)}}`
+plus an optional `__metadata__` of texts; then the data, which the tensors must cover exactly, in
+any order, without overlap or hole. https://github.com/huggingface/safetensors#format
+
+Nothing is read until a tensor is used. bfloat16, which NumPy lacks, is a uint16 view of its bits.
+This file knows no model; a name means nothing to it.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanovllm.errors import ModelError
+
+from .files import MAX_JSON_BYTES, parse_json
+
+DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),  # the upper half of a float32's bits
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+FLOATS = ("F64", "F32", "F16", "BF16")
+MAX_DIMS = 8
+CHUNK = 4_194_304  # elements copied before their file pages are given back
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of a file, or a part of it: a read-only view into the memory map."""
+
+    name: str  # in the file
+    dtype: str  # key of DTYPES
+    array: NDArray[Any]  # any strides; BF16 as uint16
+    pages: tuple[mmap.mmap, int, int] | None  # the map and the whole tensor's [from, to) in it; None if empty
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.array.nbytes
+
+    @property
+    def T(self) -> Tensor:
+        return Tensor(self.name, self.dtype, self.array.T, self.pages)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return Tensor(self.name, self.dtype, self.array[start:stop], self.pages)
+
+    def to_float32(self, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Widened into `out` (same shape, any strides), or into a new array.
+
+        Copies in chunks and gives the file's pages back after each, so that loading a model costs
+        the memory of the copy and not of the file as well.
+        """
+        if out is None:
+            out = np.empty(self.shape, np.float32)
+        if out.shape != self.shape:
+            raise ValueError(f"out has shape {out.shape}, the tensor {self.shape}")
+        if self.array.ndim == 0:
+            _widen(self.dtype, self.array, out)
+            return out
+        # Chunks along the axis that is outermost in the file.
+        axis = int(np.argmax(self.array.strides))
+        source, target = np.moveaxis(self.array, axis, 0), np.moveaxis(out, axis, 0)
+        step = max(1, CHUNK // max(1, prod(source.shape[1:])))
+        for i in range(0, len(source), step):
+            _widen(self.dtype, source[i : i + step], target[i : i + step])
+            self._give_back()
+        return out
+
+    def _give_back(self) -> None:
+        if self.pages is not None and hasattr(mmap, "MADV_DONTNEED"):
+            pages, start, stop = self.pages
+            start -= start % mmap.PAGESIZE
+            pages.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
+def _widen(dtype: str, source: NDArray[Any], out: NDArray[np.float32]) -> None:
+    if dtype == "BF16":
+        np.left_shift(source, np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, as in every cast
+            np.copyto(out, source, casting="same_kind")
+
+
+def open_weights(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, by name.
+
+    Raises ModelError naming the file and the tensor if anything in the header is not as the format says.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            if size < 8:
+                raise _bad(path, f"the file has {size} bytes and is cut short")
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as e:
+        raise ModelError(f"{path} cannot be read: {e.strerror or e}", hint="check its permissions") from e
+    header_size = int.from_bytes(data[:8], "little")
+    if header_size > MAX_JSON_BYTES:
+        raise _bad(path, f"it claims a header of {header_size:,} bytes, more than the {MAX_JSON_BYTES:,} allowed")
+    begin = 8 + header_size
+    if begin > size:
+        raise _bad(path, f"it claims a header of {header_size:,} bytes but the file has {size:,}: it is cut short")
+    header = parse_json(data[8:begin], f"the header of {path}")
+
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _bad(path, "__metadata__ is not an object of texts")
+    spans: list[tuple[int, int, str]] = []
+    tensors: dict[str, Tensor] = {}
+    for name, entry in header.items():
+        dtype, shape, start, stop = _entry(path, name, entry)
+        if stop > size - begin:
+            raise _bad(path, f"tensor {name!r} ends at byte {stop:,} of {size - begin:,}: the file is cut short")
+        spans.append((start, stop, name))
+        array = np.frombuffer(data, DTYPES[dtype], prod(shape), begin + start).reshape(shape)
+        pages = (data, begin + start, begin + stop) if stop > start else None
+        tensors[name] = Tensor(name, dtype, array, pages)
+    end = 0
+    for start, stop, name in sorted(spans):
+        if start != end:
+            raise _bad(path, f"tensor {name!r} {'overlaps another' if start < end else 'leaves a hole before it'}")
+        end = stop
+    if end != size - begin:
+        raise _bad(path, f"{size - begin - end:,} bytes after the last tensor belong to none")
+    return tensors
+
+
+def _entry(path: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
+    """dtype, shape and data_offsets of one header entry, checked against each other."""
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise _bad(path, f"tensor {name!r} lacks dtype, shape or data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _bad(path, f"tensor {name!r} has dtype {dtype!r:.40}, not one of {', '.join(DTYPES)}")
+    if not _naturals(shape) or len(shape) > MAX_DIMS:
+        raise _bad(path, f"tensor {name!r} has shape {shape!r:.80}, not at most {MAX_DIMS} sizes")
+    if not _naturals(offsets) or len(offsets) != 2:
+        raise _bad(path, f"tensor {name!r} has data_offsets {offsets!r:.80}, not two positions")
+    start, stop = offsets
+    if stop - start != prod(shape) * DTYPES[dtype].itemsize:
+        raise _bad(path, f"tensor {name!r} has {stop - start:,} bytes, which {dtype} {shape!r:.80} does not take")
+    return dtype, tuple(shape), start, stop
+
+
+def _naturals(value: object) -> bool:
+    """A list of whole numbers from 0 to 2**63; True is no number here."""
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value)
+
+
+def _bad(path: Path, cause: str) -> ModelError:
+    return ModelError(f"{path} is not a valid safetensors file: {cause}", hint="download it again")
