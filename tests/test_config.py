@@ -10,11 +10,11 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from support import REPO
 
 from nanovllm import schema, sources
 from nanovllm.config import Config, leaves, load
 from nanovllm.errors import ConfigError
+from support import REPO
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -45,7 +45,10 @@ def test_each_source_beats_the_one_below_and_says_so(tmp_path: Path) -> None:
         "scheduler.max_model_len": str(path),
         "cache.block_size": "argument",
     }
-    assert load(environ={}, sets=["cache.block_size=4"], overrides={"cache": {"block_size": 8}}).config.cache.block_size == 8
+    assert (
+        load(environ={}, sets=["cache.block_size=4"], overrides={"cache": {"block_size": 8}}).config.cache.block_size
+        == 8
+    )
 
 
 def test_documented_defaults() -> None:
@@ -192,7 +195,7 @@ def test_build_tags_name_runners() -> None:
         (["cache.block_size=-1"], "cache.block_size"),
         (["eos=[1, -2]"], "eos.1: should be greater than or equal to 0, not -2"),
         (["plugins=trace"], "plugins: "),
-        (["max_num_batched_tokens=31"], "scheduler.max_num_batched_tokens (31) is smaller than scheduler.max_num_seqs (32)"),
+        (["max_num_batched_tokens=31"], "max_num_batched_tokens (31) is smaller than scheduler.max_num_seqs (32)"),
         (["model"], "--set 'model' is not of the form key=value"),
         (["=x"], "is not of the form key=value"),
         (["a..b=1"], "unknown key 'a'"),
@@ -228,7 +231,10 @@ def test_unknown_environment_variables_are_refused() -> None:
         ("- a\n- b\n", "must hold `key: value` lines, not a list"),
         ("just text", "must hold `key: value` lines, not a str"),
         ("model: a\nscheduler: [\n", "x.yaml, line 3 is not accepted"),
-        ("model: a\ncache:\n  block_size: 1\n  block_size: 2\n", "x.yaml, line 4 is not accepted: the key 'block_size'"),
+        (
+            "model: a\ncache:\n  block_size: 1\n  block_size: 2\n",
+            "x.yaml, line 4 is not accepted: the key 'block_size'",
+        ),
         ("cache: {block_size: 1}\ncache.block_size: 2\n", "'cache.block_size' is given twice"),
         ("max_num_seqs: 1\nscheduler: {max_num_seqs: 2}\n", "'scheduler.max_num_seqs' is given twice"),
         ("a: &a [x]\nb: *a\n", "x.yaml, line 2 is not accepted: aliases (*name) are not allowed"),
@@ -270,14 +276,16 @@ def test_an_empty_section_removes_nothing(tmp_path: Path) -> None:
 
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-        lambda inner: st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from([*Config.model_fields, "type", "threads", "path", "max_num_seqs", "memory", "x.y"])
-            | st.text(max_size=3)
-            | st.integers(),
-            inner,
-            max_size=4,
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from([*Config.model_fields, "type", "threads", "path", "max_num_seqs", "memory", "x.y"])
+                | st.text(max_size=3)
+                | st.integers(),
+                inner,
+                max_size=4,
+            )
         ),
         max_leaves=12,
     )

@@ -397,15 +397,13 @@ def usable(text: str) -> None:
         file.write_text(text, "utf-8")
         try:
             t = load(file)
-        except TokenizerError as e:
-            assert str(file) in str(e)
-            return
-        try:
             ids = t.encode("hello <s> wörld", parse_special=True) + t.encode("hello <s>")
-        except TokenizerError:
+        except TokenizerError as e:
+            named = str(e)
+        else:
+            assert isinstance(t.decode(ids), str)
             return
-        assert isinstance(t.decode(ids), str)
-        assert all(isinstance(i, int) for i in ids)
+        assert str(file) in named
 
 
 # ------------------------------------------------------------------------------------------ plugin

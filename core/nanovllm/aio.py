@@ -99,9 +99,7 @@ class AsyncLLM:
         self._wanted = threading.Condition()
         self._is_closing = False
         self._crash: str | None = None  # why the engine thread ended by itself
-        self._mail: dict[
-            int, Mailbox
-        ] = {}  # request_id -> mailbox; entered under the lock
+        self._mail: dict[int, Mailbox] = {}  # request_id -> mailbox; entered under the lock
         self._thread = threading.Thread(target=self._work, name="nanovllm-engine", daemon=True)
         self._thread.start()
 
@@ -191,11 +189,12 @@ class AsyncLLM:
         with self._wanted:
             self._is_closing = True
             self._wanted.notify()
-        self.engine.runner.wake()
+        self.engine.wake()
         await asyncio.get_running_loop().run_in_executor(None, self._thread.join, CLOSE_SECONDS)
         if self._thread.is_alive():
             log.error("a step has not ended after %.0f s; its thread is left behind", CLOSE_SECONDS)
-            self._fail_all(EngineClosed("the engine was closed while a step hung"))
+            self._crash = "the engine was closed while a step hung"
+            self._fail_all(EngineClosed(self._crash))
 
     async def __aenter__(self) -> AsyncLLM:
         return self
@@ -216,7 +215,7 @@ class AsyncLLM:
                 self._mail[request_id] = box
             self._inbox.append(action)
             self._wanted.notify()
-        self.engine.runner.wake()
+        self.engine.wake()
 
     def _work(self) -> None:
         engine = self.engine
@@ -233,12 +232,14 @@ class AsyncLLM:
                 if not is_closing:
                     self._deliver(engine.step())
             engine.close()
-            self._deliver(engine.take_ended())
+            self._deliver(engine.take_deltas())
         except BaseException as e:  # a bug of ours: nobody may wait for ever because of it
             log.exception("the engine thread ended")
             with self._wanted:
                 self._crash = f"the engine thread ended: {type(e).__name__}: {e}"
             self._fail_all(EngineDead(self._crash, hint="restart it"))
+            with suppress(Exception):
+                engine.close()
 
     def _accept(self, ticket: Ticket) -> None:
         try:

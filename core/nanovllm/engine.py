@@ -97,11 +97,12 @@ class Engine:
         self._live: dict[int, Sequence] = {}  # seq_id -> sequence
         self._tickets: dict[int, Ticket] = {}  # request_id -> ticket with live sequences
         self._arrivals = itertools.count(1)
-        self._ended: list[Delta] = []  # last deltas of what ended outside of _advance
+        self._out: list[Delta] = []  # deltas not handed out yet; an interrupted step loses none
+        self._late_aborts: list[int] = []  # request ids that were aborted from inside a step
         self._totals = EngineStats()
         self._num_failed = 0  # steps in a row
         self._last_progress = clock()  # when a step last completed, or work came to an idle engine
-        self._is_bookkeeping = False  # True while state is half changed; True at a step's start = interrupted
+        self._is_stepping = False  # while True, state may be half changed
         self._dead: str | None = None  # why
         self._is_closed = False
 
@@ -126,21 +127,35 @@ class Engine:
             self.scheduler.add(seq)
         self._totals = replace(self._totals, num_requests=self._totals.num_requests + 1)
         self._tell("on_request", ticket)
-        self.runner.wake()
+        self.wake()
         return ticket
 
     def abort(self, request_id: int) -> None:
-        """End a request now; its blocks are free on return. Unknown or finished ids are fine."""
+        """End a request now; its blocks are free on return. Unknown or finished ids are fine.
+
+        From inside a step (an observer, or a forgotten stream that the garbage collector closes) it takes
+        effect when the step ends.
+        """
+        if self._is_stepping:
+            self._late_aborts.append(request_id)
+            return
         ticket = self._tickets.get(request_id)
         if ticket is not None:
             for seq in ticket.sequences:
                 if seq.finish is None:
                     self._end(seq, Finish.ABORT)
+            self.wake()
+
+    def wake(self) -> None:
+        """Have a blocked runner return at once. From any thread."""
+        try:
             self.runner.wake()
+        except Exception:
+            log.exception("the runner failed to wake")
 
     @property
     def has_work(self) -> bool:
-        return bool(self._live or self._ended)
+        return bool(self._live or self._out)
 
     # ------------------------------------------------------------------------------------ a step
 
@@ -148,15 +163,25 @@ class Engine:
         """Advance every sequence that the budget allows; returns what came of it, possibly nothing."""
         if self._is_closed:
             raise EngineClosed("the engine is closed", hint="create a new one")
-        if self._is_bookkeeping:
+        if self._is_stepping:  # only if `_recover` itself was interrupted
             self._recover()
-        t0 = self._clock()
-        self._is_bookkeeping = True
-        batch = self.scheduler.schedule(t0)
-        self._is_bookkeeping = False
-        if batch is None:
-            return self.take_ended()
+        self._is_stepping = True
+        try:
+            self._step()
+        except BaseException:  # an interrupt, or a bug of ours
+            if self._is_stepping:
+                self._recover()
+            raise
+        self._is_stepping = False
+        while self._late_aborts:
+            self.abort(self._late_aborts.pop())
+        return self.take_deltas()
 
+    def _step(self) -> None:
+        t0 = self._clock()
+        batch = self.scheduler.schedule(t0)
+        if batch is None:
+            return
         t1 = self._clock()
         error: str | None = None
         outputs: list[SeqOutput] = []
@@ -166,21 +191,15 @@ class Engine:
             error = self._step_failed(e)
         except BaseException:  # an interrupt: this step never happened
             self.scheduler.rollback()
+            self._is_stepping = False
             raise
-
         t2 = self._clock()
-        deltas = self.take_ended()
         if error is None:
             self._num_failed = 0
-            self._is_bookkeeping = True
             for scheduled, out in zip(batch.seqs, outputs, strict=True):
-                delta = self._advance(self._live[scheduled.seq_id], out, t2)
-                if delta is not None:
-                    deltas.append(delta)
+                self._advance(self._live[scheduled.seq_id], out, t2)
             self.scheduler.commit()
-            self._is_bookkeeping = False
         self._count(batch, outputs, error, t0, t1, t2)
-        return deltas
 
     def _execute(self, batch: Batch) -> list[SeqOutput]:
         if self._sampler is not None:
@@ -190,28 +209,29 @@ class Engine:
             raise RunnerError(f"the runner returned {len(outputs)} outputs for {len(batch.seqs)} sequences")
         return outputs
 
-    def _advance(self, seq: Sequence, out: SeqOutput, now: float) -> Delta | None:
+    def _advance(self, seq: Sequence, out: SeqOutput, now: float) -> None:
         """Append what arrived, turn it into text, decide whether this is the end."""
         if out.prompt_logprobs:
             seq.prompt_logprobs += out.prompt_logprobs
         if out.error is not None:
-            return self._last_delta(seq, Finish.ERROR, error=out.error)
-        if not out.tokens and not out.text and out.finish is None:
-            return None
-        try:
-            text, num_accepted, finish = self._accept(seq, out, now)
-        except Exception as e:
-            log.exception("request %d: turning tokens into text failed", seq.request_id)
-            return self._last_delta(seq, Finish.ERROR, error=f"turning tokens into text failed: {_sentence(e)}")
-        tokens, logprobs = out.tokens[:num_accepted], None
-        if seq.logprobs is not None and out.logprobs is not None:
-            logprobs = out.logprobs[:num_accepted]
-            seq.logprobs += logprobs
-        if finish is not None:
-            return self._last_delta(seq, finish, text, tokens, logprobs)
-        if text:
-            seq.text.append(text)
-        return Delta(seq.request_id, seq.index, text, tokens, logprobs)
+            self._finish(seq, Finish.ERROR, error=out.error)
+        elif out.tokens or out.text or out.finish is not None:
+            try:
+                text, num_accepted, finish = self._accept(seq, out, now)
+            except Exception as e:
+                log.exception("request %d: turning tokens into text failed", seq.request_id)
+                self._finish(seq, Finish.ERROR, error=f"turning tokens into text failed: {_sentence(e)}")
+                return
+            tokens, logprobs = out.tokens[:num_accepted], None
+            if seq.logprobs is not None and out.logprobs is not None:
+                logprobs = out.logprobs[:num_accepted]
+                seq.logprobs += logprobs
+            if finish is not None:
+                self._finish(seq, finish, text, tokens, logprobs)
+                return
+            if text:
+                seq.text.append(text)
+            self._out.append(Delta(seq.request_id, seq.index, text, tokens, logprobs))
 
     def _accept(self, seq: Sequence, out: SeqOutput, now: float) -> tuple[str, int, Finish | None]:
         """Append tokens up to the first end. Returns (new text, tokens accepted, why it ended or None)."""
@@ -253,7 +273,7 @@ class Engine:
 
     # ----------------------------------------------------------------------------------- endings
 
-    def _last_delta(
+    def _finish(
         self,
         seq: Sequence,
         finish: Finish,
@@ -261,8 +281,8 @@ class Engine:
         tokens: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprob, ...] | None = None,
         error: str | None = None,
-    ) -> Delta:
-        """Mark the end of a sequence. The scheduler frees what it holds at commit, or `_end` already did."""
+    ) -> None:
+        """The one last delta of a sequence. The scheduler frees what it holds at commit, or `_end` already did."""
         seq.finish = finish
         if text:
             seq.text.append(text)
@@ -277,27 +297,27 @@ class Engine:
             error=error,
         )
         del self._live[seq.seq_id]
+        self._out.append(Delta(seq.request_id, seq.index, text, tokens, logprobs, finish, error, completion))
         if all(s.finish is not None for s in self._tickets[seq.request_id].sequences):
             del self._tickets[seq.request_id]
         self._tell("on_output", completion)
-        return Delta(seq.request_id, seq.index, text, tokens, logprobs, finish, error, completion)
 
     def _end(self, seq: Sequence, finish: Finish, error: str | None = None) -> None:
-        """End a sequence between steps: it is freed now, its last delta comes with the next ones."""
+        """End a sequence outside of `_advance`: it is freed now, its last delta comes with the next ones."""
         self.scheduler.remove(seq, suspect=finish is Finish.ERROR)
         held = seq.stream.flush()
         if seq.matcher is not None:
             held = seq.matcher.flush() + held
-        self._ended.append(self._last_delta(seq, finish, held, error=error))
+        self._finish(seq, finish, held, error=error)
 
     def _end_all(self, finish: Finish, error: str | None = None) -> None:
         for seq in list(self._live.values()):
             self._end(seq, finish, error)
 
-    def take_ended(self) -> list[Delta]:
-        """The last deltas of what ended between steps (aborts, failures, close), each given once."""
-        ended, self._ended = self._ended, []
-        return ended
+    def take_deltas(self) -> list[Delta]:
+        """Deltas that no step has returned yet (of aborts, of close), each given once."""
+        deltas, self._out = self._out, []
+        return deltas
 
     def _step_failed(self, cause: Exception) -> str:
         """The runner raised: the step's sequences fail, and perhaps the engine with them."""
@@ -305,10 +325,8 @@ class Engine:
         expected = isinstance(cause, RunnerError)
         log.error("step %d failed: %s", self._totals.num_steps + 1, sentence, exc_info=not expected)
         self._num_failed += 1
-        self._is_bookkeeping = True
         for seq in self.scheduler.rollback():
             self._end(seq, Finish.ERROR, f"the runner failed: {sentence}")
-        self._is_bookkeeping = False
         if isinstance(cause, RunnerDead):
             self._dead = f"the runner died: {sentence}"
         elif self._num_failed >= MAX_FAILED_STEPS:
@@ -320,22 +338,23 @@ class Engine:
 
     def _recover(self) -> None:
         """State may be half changed: fail what is live and start over with an empty pool."""
-        log.error("interrupted in the middle of bookkeeping; every live request fails")
-        held = [s for s in self._live.values() if s.lane is not None]
-        self.scheduler = self._new_scheduler()
+        log.error("a step was interrupted in its bookkeeping; every live request fails")
+        held, self.scheduler = self.scheduler.running, self._new_scheduler()
         for seq in held:
-            assert seq.lane is not None, "filtered above"
-            self._on_release(seq.seq_id, seq.lane)
-            seq.lane = None
-        self._is_bookkeeping = False
+            if seq.lane is not None:
+                self._on_release(seq.seq_id, seq.lane)
+                seq.lane = None
         self._end_all(Finish.ERROR, "the engine was interrupted in the middle of its bookkeeping")
+        self._is_stepping = False
 
     def close(self) -> None:
         """Abort what is live and close the runner. Safe to call twice."""
         if not self._is_closed:
-            self._end_all(Finish.ABORT)
             self._is_closed = True
-            self.runner.close()
+            try:
+                self._end_all(Finish.ABORT)
+            finally:
+                self.runner.close()
 
     # ------------------------------------------------------------------------------------- facts
 
@@ -387,9 +406,8 @@ class Engine:
         sample = self._sampler.seconds if self._sampler is not None else 0.0
         if isinstance(self.info.kv, Remote):  # what arrived; the prompt counts when its first token comes
             num_decode = sum(len(out.tokens) for out in outputs)
-            num_prefill = sum(
-                s.num_prompt for s, out in zip(batch.seqs, outputs, strict=False) if out.tokens and len(s.context) == s.num_prompt
-            )  # fmt: skip
+            pairs = zip(batch.seqs, outputs, strict=False)  # a failed step has no outputs
+            num_prefill = sum(s.num_prompt for s, out in pairs if out.tokens and len(s.context) == s.num_prompt)
         else:
             num_decode = sum(1 for s in batch.seqs if s.stop - s.start == 1 and s.stop > s.num_prompt)
             num_prefill = batch.num_tokens - num_decode

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,8 @@ class Intake:
 
     def prepare(self, request: Request) -> Ticket:
         """Check, tokenize and resolve a request. Raises RequestError (and TokenizerError from templates)."""
+        if not isinstance(request, Request):
+            raise RequestError(f"a request is a nanovllm.Request, not {type(request).__name__}")
         started = self._clock()
         params, info = request.params, self.info
         if unsupported := params.changed() - info.supports - {"max_tokens"}:
@@ -121,19 +123,18 @@ class Intake:
         prompt: Any = request.prompt
         if isinstance(prompt, (str, list, tuple, np.ndarray)) and len(prompt) == 0:
             raise RequestError("the prompt is empty", hint="give it at least one character or token")
-        if isinstance(prompt, str) or (isinstance(prompt, (list, tuple)) and isinstance(prompt[0], dict)):
+        if isinstance(prompt, str):
+            try:
+                prompt.encode()
+            except UnicodeEncodeError:
+                raise RequestError("the prompt contains a lone surrogate, which no text encoding can carry") from None
             if self.tokenizer is None:  # the runner tokenizes
                 return []
-            if isinstance(prompt, str):
-                try:
-                    prompt.encode()
-                except UnicodeEncodeError:
-                    raise RequestError(
-                        "the prompt contains a lone surrogate, which no text encoding can carry"
-                    ) from None
-                ids = self.tokenizer.encode(prompt, request.parse_special)
-            else:
-                ids = self.tokenizer.chat(prompt)
+            ids = self.tokenizer.encode(prompt, request.parse_special)
+        elif isinstance(prompt, (list, tuple)) and isinstance(prompt[0], Mapping):
+            if self.tokenizer is None:
+                return []
+            ids = self.tokenizer.chat(prompt)
         elif isinstance(prompt, np.ndarray) and prompt.ndim == 1 and prompt.dtype.kind in "iu":
             ids = prompt.tolist()
         elif isinstance(prompt, (list, tuple)):

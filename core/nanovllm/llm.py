@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -68,7 +68,8 @@ class LLM:
     def _start(self, engine: Engine, components: Components | None) -> None:
         self.engine = engine
         self.components = components  # what the configuration led to; None if built from components
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # held while the engine is called
+        self._door = threading.Lock()  # held by the one thread that waits for the lock next
         self._mail: dict[int, list[Delta]] = {}  # request_id -> deltas not read yet
 
     # ------------------------------------------------------------------------------------- calls
@@ -165,7 +166,7 @@ class LLM:
         """Abort what runs and free the model. Safe to call twice; any other call raises EngineClosed."""
         with self._lock:
             self.engine.close()
-            self._sort(self.engine.take_ended())
+            self._sort(self.engine.take_deltas())
 
     def __enter__(self) -> LLM:
         return self
@@ -191,12 +192,13 @@ class LLM:
         """Accept these requests and step until all have ended; leaving early aborts the rest."""
         missing = {t.request_id: len(t.sequences) for t in tickets}  # completions not ended yet
         try:
-            with self._lock:
+            self.engine.wake()
+            with self._turn():
                 for ticket in tickets:
                     self._mail[ticket.request_id] = []
                     self.engine.add(ticket)
             while missing:
-                with self._lock:
+                with self._turn():
                     if not any(self._mail[i] for i in missing):
                         self._sort(self.engine.step())
                     deltas = [delta for i in missing for delta in self._mail[i]]
@@ -211,7 +213,17 @@ class LLM:
                 for ticket in tickets:
                     self.engine.abort(ticket.request_id)
                     self._mail.pop(ticket.request_id, None)
-                self._sort(self.engine.take_ended())
+                self._sort(self.engine.take_deltas())
+
+    @contextmanager
+    def _turn(self) -> Generator[None, None, None]:
+        """The lock, in fair order: without a door, the thread that steps would shut the others out."""
+        with self._door:
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _sort(self, deltas: list[Delta]) -> None:
         for delta in deltas:
@@ -266,10 +278,12 @@ def _requests(
     each: Sequence[Any] = [prompts] if is_one else prompts  # type: ignore[assignment]
     if params is None or isinstance(params, SamplingParams):
         chosen: Sequence[SamplingParams] = [params or SamplingParams()] * len(each)
+    elif not isinstance(params, (list, tuple)):
+        raise RequestError(f"params must be SamplingParams or a list of them, not {type(params).__name__}")
+    elif len(params) != len(each):
+        raise RequestError(f"there are {len(each)} prompts but {len(params)} params")
     else:
         chosen = params
-        if len(chosen) != len(each):
-            raise RequestError(f"there are {len(each)} prompts but {len(chosen)} params")
     return [
         prompt if isinstance(prompt, Request) else Request(prompt=prompt, params=p, **options)
         for prompt, p in zip(each, chosen, strict=True)

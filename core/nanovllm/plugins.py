@@ -147,6 +147,8 @@ class Plugins:
         """Import and register the plugin of that name. Raises PluginError."""
         import pluggy
 
+        from .hookspecs import Specs
+
         # 1. Find it and check what its metadata and its object say about versions.
         found = find(group, name)
         _check_requirement(found)
@@ -164,12 +166,12 @@ class Plugins:
         try:
             self.manager.check_pending()
         except pluggy.PluginValidationError as e:
-            known = [h for h in dir(self.manager.hook) if not h.startswith("_")]
-            unknown = [h for h in dir(plugin) if self.manager.parse_hookimpl_opts(plugin, h) and h not in known]
-            near = difflib.get_close_matches(unknown[0], known, 1) if unknown else []
+            known = [name for name in vars(Specs) if not name.startswith("_")]
+            unknown = [c.name for c in self.manager.get_hookcallers(plugin) or [] if c.name not in known]
+            near = difflib.get_close_matches(unknown[0], known, 1)
             raise PluginError(
                 f"plugin {found} implements an unknown hook '{', '.join(unknown)}'",
-                hint=f"did you mean '{near[0]}'?" if near else None,
+                hint=f"did you mean '{near[0]}'?" if near else f"the hooks are: {', '.join(known)}",
             ) from e
         return LoadedPlugin(self, found, plugin)
 
@@ -188,7 +190,10 @@ class LoadedPlugin:
         return sorted(caller.name for caller in self.owner.manager.get_hookcallers(self.plugin) or [])
 
     def caller(self, hook: str) -> Callable[..., Any]:
-        """Calls that hook of this plugin alone; gives None where the plugin does not implement it."""
+        """Calls that hook of this plugin alone; gives None where the plugin does not implement it.
+
+        Good until the next `load`: pluggy takes the plugins to leave out, not the one to call.
+        """
         others = [p for p in self.owner.manager.get_plugins() if p is not self.plugin]
         return self.owner.manager.subset_hook_caller(hook, others)
 
@@ -206,22 +211,19 @@ class Observer:
     """One loaded observer, as the engine calls it. Exceptions pass: the engine logs and detaches."""
 
     def __init__(self, plugin: LoadedPlugin) -> None:
-        self.found = plugin.found
-        self._on_request = plugin.caller("on_request")
-        self._on_step = plugin.caller("on_step")
-        self._on_output = plugin.caller("on_output")
+        self._plugin = plugin
 
     def __repr__(self) -> str:
-        return str(self.found)
+        return str(self._plugin.found)
 
     def on_request(self, event: Ticket) -> None:
-        self._on_request(event=event)
+        self._plugin.caller("on_request")(event=event)
 
     def on_step(self, stats: StepStats) -> None:
-        self._on_step(stats=stats)
+        self._plugin.caller("on_step")(stats=stats)
 
     def on_output(self, output: Completion) -> None:
-        self._on_output(output=output)
+        self._plugin.caller("on_output")(output=output)
 
 
 def _import(found: Found) -> object:

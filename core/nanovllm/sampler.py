@@ -7,8 +7,8 @@ float64 whatever the logits' dtype, and a row's result depends on nothing outsid
 ranked by adjusted logit, ties by the lowest id. This file draws no random numbers (rng.py does) and
 knows no sequence beyond its row.
 
-Cost: a full sort of a 152k vocabulary is never made for top-k, and for top-p only where 1,024 tokens
-do not hold the asked-for probability.
+A wide vocabulary is sorted whole only where it must be: for a top-k above a sixteenth of it, and for a
+top-p that the best 1,024 tokens do not hold.
 """
 
 from __future__ import annotations
@@ -242,8 +242,7 @@ def _num_inside(cumulative: Doubles, top_p: Doubles, total: Doubles) -> Ids:
 
     `cumulative` (r, m) weights, best first. The token that crosses top_p is inside: one more than do not reach it.
     """
-    goal = np.where(top_p < 1, top_p * total, np.inf)  # top_p 1 drops nothing, also where rounding says 1
-    inside: Ids = 1 + np.count_nonzero(cumulative < goal, axis=1, keepdims=True)
+    inside: Ids = 1 + np.count_nonzero(cumulative < top_p * total, axis=1, keepdims=True)
     return inside
 
 

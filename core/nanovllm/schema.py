@@ -79,7 +79,7 @@ def _markdown(schema: Schema) -> Iterator[str]:
     yield from _table({k: p for k, p in properties.items() if k not in sections and k not in sources.PLUGIN_SECTIONS})
     for section in sources.PLUGIN_SECTIONS:
         plugin_section = properties[section]
-        yield from ("", f"## `{section}`", "", plugin_section["description"], "")
+        yield from ("", f"### `{section}`", "", plugin_section["description"], "")
         variants = plugin_section["anyOf"][1]["then"]["oneOf"]
         common = plugin_section["anyOf"][1]["properties"]
         yield from _table(common)
@@ -89,7 +89,7 @@ def _markdown(schema: Schema) -> Iterator[str]:
                 yield from ("", f"Keys of `{variant['title']}`:", "")
                 yield from _table(own)
     for name, section in sections.items():
-        yield from ("", f"## `{name}`", "", section["description"], "")
+        yield from ("", f"### `{name}`", "", section["description"], "")
         yield from _table(section["properties"])
 
 

@@ -194,7 +194,8 @@ def _parse_yaml(text: str) -> Any:
         return yaml.load(text, Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as e:
         place = f", line {e.problem_mark.line + 1}" if e.problem_mark else ""
-        raise _BadYAML(f"is not accepted: {e.problem or e.context}", place) from None
+        what = ", ".join(part for part in (e.context, e.problem) if part)
+        raise _BadYAML(f"is not accepted: {what}", place) from None
     except yaml.YAMLError as e:
         raise _BadYAML(f"is not YAML: {' '.join(str(e).split())}") from None
     except (ValueError, OverflowError) as e:  # an impossible date, a number of thousands of digits

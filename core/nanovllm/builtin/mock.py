@@ -125,13 +125,13 @@ class MockRunner(LogitsRunner):
             live = np.flatnonzero(lens > k)
             at = q_start[live] + k
             token = packed.input_ids[at]
-            state[live] = _mix(state[live] + _MULTIPLIER * (token.astype(np.uint64) + np.uint64(1)))
+            state[live] = _next(state[live], token)
             if self._script.nan_token is not None:
                 is_nan[live] |= token == self._script.nan_token
             states[at], nans[at] = state[live], is_nan[live]
-            slots = self._slot(packed, live, start[live] + k)
+            slots = packed.slots[at] if len(packed.slots) else self._slot(packed, live, start[live] + k)
             self.kv[slots], self._is_nan[slots] = state[live], is_nan[live]
-        logits = _logits(states[packed.rows], self._info.vocab_size or 0)  # (R, vocab)
+        logits = chain_logits(states[packed.rows], self._info.vocab_size or 0)  # (R, vocab)
         for row, wanted in enumerate(self._forced if len(self._forced) == len(logits) else ()):
             if wanted is not None:
                 logits[row, wanted] = 100.0
@@ -161,23 +161,34 @@ def NewMockModelRunner(vocab_size: int = 125) -> MockRunner:
 
 def expected(prompt: Sequence[int], num_tokens: int, *, vocab_size: int = 125, seed: int = 0) -> list[int]:
     """The greedy continuation of `prompt`, computed without any cache."""
-    state = np.full(1, seed, np.uint64)
-    for token in prompt:
-        state = _mix(state + _MULTIPLIER * np.array([token + 1], np.uint64))
+    state = chain_states(prompt, seed)[-1:]
     out: list[int] = []
     for _ in range(num_tokens):
-        out.append(int(_logits(state, vocab_size)[0].argmax()))
-        state = _mix(state + _MULTIPLIER * np.array([out[-1] + 1], np.uint64))
+        out.append(int(chain_logits(state, vocab_size)[0].argmax()))
+        state = _next(state, np.array(out[-1:]))
     return out
+
+
+def chain_states(tokens: Sequence[int], seed: int = 0) -> States:
+    """(len(tokens),) the state after each token."""
+    states = [np.full(1, seed, np.uint64)]
+    for token in tokens:
+        states.append(_next(states[-1], np.array([token])))
+    return np.concatenate(states[1:])
+
+
+def chain_logits(states: States, vocab_size: int) -> FloatArray:
+    """(R,) states -> (R, vocab_size) logits in [0, 16)."""
+    ids = np.arange(vocab_size, dtype=np.uint64)
+    noise = _mix(states[:, None] ^ (ids * _MULTIPLIER))
+    return (noise >> _SHIFTS[3]).astype(np.float32) * _SCALE
+
+
+def _next(states: States, tokens: NDArray[Any]) -> States:
+    return _mix(states + _MULTIPLIER * (tokens.astype(np.uint64) + np.uint64(1)))
 
 
 def _mix(x: States) -> States:
     x = (x ^ (x >> _SHIFTS[0])) * _MIX_1
     x = (x ^ (x >> _SHIFTS[1])) * _MIX_2
     return x ^ (x >> _SHIFTS[2])
-
-
-def _logits(states: States, vocab_size: int) -> FloatArray:
-    ids = np.arange(vocab_size, dtype=np.uint64)
-    noise = _mix(states[:, None] ^ (ids * _MULTIPLIER))  # (R, vocab)
-    return (noise >> _SHIFTS[3]).astype(np.float32) * _SCALE

@@ -1,0 +1,159 @@
+"""The documentation is run: every example of every page, every link, every make target it names.
+
+In a page, a fenced block is run by its language; all of a page run in order, in one empty directory:
+
+    python    in a fresh namespace; a `text` block right after it is what it must print
+    console   its `$ nanovllm ...` lines, in this process; lines below one are what it must print
+    yaml      a configuration, checked with the options of the plugins it names. A first line
+              `# app.yaml` leaves it in the directory under that name, for later blocks
+
+`...` in expected output stands for anything. `<!-- no-run: reason -->` above a block leaves it alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import io
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from click.testing import CliRunner
+
+from nanovllm.cli import cli
+from support import REPO
+
+PAGES = sorted([*REPO.glob("*.md"), *REPO.glob("docs/**/*.md"), *REPO.glob("plugins/*/README.md")])
+FENCE = re.compile(
+    r"(?:<!-- no-run: (?P<reason>.+?) -->\n)?^```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^```$(?P<after>\n*)",
+    re.MULTILINE | re.DOTALL,
+)
+CHECKER = doctest.OutputChecker()
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+class Block(NamedTuple):
+    line: int
+    language: str
+    body: str
+    expected: str | None  # of a python block
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found = list(FENCE.finditer(text))
+    out = []
+    for block, following in zip(found, [*found[1:], None], strict=True):
+        if block["reason"]:
+            continue
+        prints = following is not None and following["language"] == "text" and following.start() == block.end()
+        line = text.count("\n", 0, block.start("body"))
+        out.append(Block(line, block["language"], block["body"], following["body"] if prints else None))
+    return out
+
+
+def names(path: Path) -> str:
+    return path.relative_to(REPO).as_posix()
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=names)
+def test_every_example_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for variable in ("MODEL_PATH", "TOKENIZER_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    for block in blocks(page):
+        where = f"{names(page)}, line {block.line}"
+        if block.language == "python":
+            run_python(block, where)
+        elif block.language in ("console", "bash"):
+            run_console(block, where)
+        elif block.language == "yaml":
+            check_yaml(block, where)
+
+
+def run_python(block: Block, where: str) -> None:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        # Line numbers in a traceback are those of the page.
+        exec(compile("\n" * block.line + block.body, where, "exec"), {"__name__": "__main__"})
+    if block.expected is not None:
+        assert CHECKER.check_output(block.expected, printed.getvalue(), FLAGS), (
+            f"{where} printed:\n{printed.getvalue()}"
+        )
+
+
+def run_console(block: Block, where: str) -> None:
+    for command, expected in commands(block):
+        words = shlex.split(command, comments=True)
+        env = {}
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            name, _, value = words.pop(0).partition("=")
+            env[name] = value
+        if words[:1] != ["nanovllm"]:
+            continue
+        result = CliRunner().invoke(cli, words[1:], env=env, prog_name="nanovllm")
+        is_refusal = expected.lstrip().startswith("error:")
+        assert (result.exit_code != 0) == is_refusal, f"{where}: {command}\n{result.output}\n{result.exception!r}"
+        if expected.strip():
+            assert CHECKER.check_output(expected, result.output, FLAGS), f"{where}: {command} printed:\n{result.output}"
+
+
+def commands(block: Block) -> list[tuple[str, str]]:
+    """(command, the output shown below it)."""
+    body = block.body.replace("\\\n", " ")
+    if block.language == "bash":  # commands only
+        return [(line, "") for line in body.splitlines() if line.strip()]
+    out: list[tuple[str, str]] = []
+    for line in body.splitlines():
+        if line.startswith("$ "):
+            out.append((line[2:], ""))
+        else:
+            assert out, f"a console block begins with its output: {line}"
+            out[-1] = (out[-1][0], out[-1][1] + line + "\n")
+    return out
+
+
+def check_yaml(block: Block, where: str) -> None:
+    name = re.match(r"# ([\w.-]+\.ya?ml)\n", block.body)
+    path = Path(name[1] if name else "example.yaml")
+    path.write_text(block.body, encoding="utf-8")
+    result = CliRunner().invoke(cli, ["config", "check", str(path)], prog_name="nanovllm")
+    assert result.exit_code == 0, f"{where}: {result.output}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        aim = (page.parent / file).resolve() if file else page
+        assert aim.exists(), f"{names(page)} links to {target}"
+        if anchor:
+            assert anchor in anchors(aim), f"{names(page)} links to {target}, which has no such heading"
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings as GitHub names them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+def test_every_page_of_docs_is_in_the_index() -> None:
+    index = (REPO / "docs" / "index.md").read_text(encoding="utf-8")
+    pages = {p.name for p in (REPO / "docs").glob("*.md")} - {"index.md"}
+    assert {page for page in pages if f"]({page})" not in index} == set()
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (REPO / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {
+        (names(page), target)
+        for page in PAGES
+        for target in re.findall(r"(?:`|^|\$ )make ([a-z-]+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert len(named) > 3
+    assert {(page, target) for page, target in named if target not in targets} == set()
