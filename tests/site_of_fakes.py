@@ -29,9 +29,8 @@ def fake_site(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     ) -> None:
         info = site / f"{name.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: made by {name}\nRequires-Dist: {requires}\n"
-        )
+        head = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: made by {name}\n"
+        (info / "METADATA").write_text(f"{head}Requires-Dist: {requires}\n")
         groups = "".join(f"[{group}]\n{lines}\n" for group, lines in entry_points.items())
         (info / "entry_points.txt").write_text(groups)
         (info / "RECORD").write_text("")

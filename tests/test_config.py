@@ -95,13 +95,19 @@ def test_short_form_is_the_type() -> None:
         ("runner: {type: a, seed: 1}", ["runner.type=a"], {"seed": 1}),
         ("runner: {seed: 1}", ["runner=numpy"], {"seed": 1}),  # the default's name changes nothing
         ("runner: {seed: 1}", ["runner=mock"], {}),
-        ("runner: {type: purego, seed: 1}", ["runner=onnx"], {"seed": 1}),
+        ("runner: {type: purego, seed: 1}", ["runner=onnx"], {"seed": 1}),  # one runner by two names
     ],
 )
 def test_a_changed_type_replaces_the_section(tmp_path: Path, file: str, sets: list[str], options: dict) -> None:
     runner = load(write(tmp_path, file), environ={}, sets=sets).config.runner
     assert runner.options == options
     assert runner.threads is None
+
+
+def test_naming_the_tokenizer_keeps_what_was_set_while_it_was_auto() -> None:
+    environ = {"TOKENIZER_PATH": "t"}
+    assert load(environ=environ, sets=["tokenizer=hf"]).config.tokenizer.path == "t"
+    assert load(environ=environ | {"NANOVLLM_TOKENIZER": "hf"}, sets=["tokenizer=other"]).config.tokenizer.path is None
 
 
 def test_flags_and_overrides_of_one_call_belong_together() -> None:
@@ -329,7 +335,7 @@ def test_the_schema_agrees_with_the_loader() -> None:
     mock = next(v for v in runner["then"]["oneOf"] if v["properties"]["type"] == {"const": "mock"})
     assert {"seed", "vocab_size", "threads"} <= set(mock["properties"])
     assert mock["additionalProperties"] is False
-    references = set(re.findall(r'"#/\$defs/(\w+)"', json.dumps(described)))
+    references = set(re.findall(r'"#/\$defs/([^"]+)"', json.dumps(described)))
     assert references <= set(described["$defs"])
 
 

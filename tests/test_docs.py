@@ -17,6 +17,7 @@ import doctest
 import io
 import re
 import shlex
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +47,7 @@ def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     found = list(FENCE.finditer(text))
     out = []
-    for block, following in zip(found, [*found[1:], None], strict=True):
+    for block, following in zip_longest(found, found[1:]):
         if block["reason"]:
             continue
         prints = following is not None and following["language"] == "text" and following.start() == block.end()

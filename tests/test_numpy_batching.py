@@ -36,7 +36,7 @@ def test_chunked_equals_whole(runner, chunk):
     np.testing.assert_allclose(Driver(runner).logits(tokens, chunk=chunk), Driver(runner).logits(tokens), **ROUNDING)
 
 
-def test_any_order_of_blocks_gives_the_same_bits_of_prefill(runner):
+def test_any_order_of_blocks_gives_the_same_logits(runner):
     tokens = prompt(50)
     whole = Driver(runner).logits(tokens)
     shuffled = np.random.default_rng(1).permutation(200).tolist()
@@ -52,14 +52,14 @@ def test_random_programs_equal_each_sequence_alone(runner, data):
     lengths = data.draw(st.lists(st.integers(1, 60), min_size=1, max_size=7))
     texts = [prompt(length, seed=i) for i, length in enumerate(lengths)]
     fill(runner, np.nan)
-    driver = Driver(runner, data.draw(st.permutations(range(200))))
+    driver = Driver(runner, np.random.default_rng(data.draw(st.integers(0, 99))).permutation(200).tolist())
     done = [0] * len(texts)
     rows: list[list[np.ndarray]] = [[] for _ in texts]
     while any(d < len(t) for d, t in zip(done, texts)):
         work = []
         for lane, text in enumerate(texts):
             left = len(text) - done[lane]
-            take = data.draw(st.sampled_from([0, 1, 1, 1, 5, left])) if left else 0
+            take = data.draw(st.sampled_from([left, 1, 1, 1, 5, 0])) if left else 0
             if take := min(take, left):
                 work.append((lane, text, done[lane], done[lane] + take, data.draw(st.integers(0, take))))
                 done[lane] += take

@@ -485,6 +485,11 @@ def test_logprobs_are_of_the_raw_logits(data: st.DataObject) -> None:
             assert [lp for _, lp in got.top] == pytest.approx(want[ranked[:num_top]].tolist(), rel=1e-12, abs=1e-12)
 
 
+def test_logprobs_of_huge_logits() -> None:
+    (got,) = run([[1e30, 1e30, -1e30]], [make_row(SamplingParams(logprobs=2), 0.9)]).logprobs
+    assert got == TokenLogprob(1, -math.log(2), 2, ((0, -math.log(2)), (1, -math.log(2))))
+
+
 def test_no_logprobs_unless_asked() -> None:
     assert run([[1.0, 2.0]], [make_row(SamplingParams())]).logprobs is None
     assert run([[1.0, 2.0]], [make_row(SamplingParams(temperature=0))]).logprobs is None

@@ -1,4 +1,4 @@
-"""Chat templates: real ones against their golden texts, hostile ones against the sandbox, control tokens in contents."""
+"""Chat templates: real ones against golden texts, hostile ones against the sandbox, control tokens in contents."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_of_several_named_templates_the_default_is_taken(tmp_path):
     found = find_template(tmp_path, {"chat_template": named})
     assert found is not None
     assert found[0] == "a"
-    with pytest.raises(TokenizerError, match="tool_use.*none named 'default'"):
+    with pytest.raises(TokenizerError, match=r"tool_use.*none named 'default'"):
         find_template(tmp_path, {"chat_template": named[:1]})
     with pytest.raises(TokenizerError, match="must be text, not int"):
         find_template(tmp_path, {"chat_template": 3})
@@ -118,8 +118,8 @@ def test_of_several_named_templates_the_default_is_taken(tmp_path):
 
 BREAK_OUTS = [
     # CVE-2024-34359: classic template injection from a model file
-    "{% for c in ().__class__.__base__.__subclasses__() %}{% if 'warning' in c.__name__ %}"
-    "{{ c()._module.__builtins__['__import__']('os').system('touch MARK') }}{% endif %}{% endfor %}",
+    "{% for c in ().__class__.__base__.__subclasses__() %}{{ c.__init__.__globals__ }}{% endfor %}",
+    "{{ ().__class__.__base__.__subclasses__()[80]()._module.__builtins__['exec']('open(\"MARK\", \"w\")') }}",
     "{{ self.__init__.__globals__.__builtins__.__import__('os').system('touch MARK') }}",
     "{{ raise_exception.__globals__['json'].codecs.open('MARK', 'w') }}",
     "{{ cycler.__init__.__globals__.os.system('touch MARK') }}",
@@ -157,9 +157,8 @@ def test_a_break_out_does_not_run(payload, tmp_path, monkeypatch):
     messages = [{"role": "user", "content": "hi"}]
     try:
         text = render(payload, messages)
-    except TokenizerError as e:
+    except TokenizerError:
         text = ""
-        assert e.hint
     for leak in ("<class", "<module", "built-in", "function", "globals", "subclasses"):
         assert leak not in text
     assert list(tmp_path.iterdir()) == []
@@ -266,7 +265,7 @@ if child:
 
 # ------------------------------------------------------------------- control tokens in what users write
 
-CONTROLS = ["<|start|>", "<|end|>", "<think>", "</think>", "<s>", "§"]
+CONTROLS = ["<|start|>", "<|end|>", "<think>", "</think>", "<s>", "東"]
 
 
 def library() -> Tokenizer:
@@ -328,10 +327,37 @@ def test_templates_still_see_and_split_on_a_token_in_a_content():
     assert [CONTROL_IDS[i] for i in ids if i in CONTROL_IDS] == ["<s>"]
 
 
-def test_a_token_that_a_split_leaves_with_one_mark_is_still_text():
-    tokenizer = chatting("<s>{{ messages[0].content[1:] }}|{{ messages[0].content[:-1] }}")
-    ids = tokenizer.chat([{"role": "user", "content": "<|end|>"}])
+@needs_data
+@pytest.mark.parametrize("name", ["qwen3", "smollm3"])
+def test_thoughts_of_earlier_turns_are_dropped_as_without_marks(name):
+    sources = json.loads((TEMPLATES / "templates.json").read_text("utf-8"))
+    tokenizer = chatting(sources[name]["chat_template"])
+    thought = [*HI, {"role": "assistant", "content": "<think>\nsecret\n</think>\n\nhello <|end|>"}, *HI]
+    expected = render(sources[name]["chat_template"], thought, tools=None, add_generation_prompt=True, bos_token="<s>")
+    ids = tokenizer.chat(thought)
+    assert spelled(tokenizer, ids) == expected
+    assert LIBRARY.token_to_id("<|end|>") not in ids
+
+
+def test_a_template_that_acts_on_the_marks_still_gets_no_control_token_through():
+    source = "<s>{% if messages[0].content == '<|end|>' %}<think>{% endif %}{{ messages[0].content }}"
+    ids = chatting(source).chat([{"role": "user", "content": "<|end|>"}])
     assert [CONTROL_IDS[i] for i in ids if i in CONTROL_IDS] == ["<s>"]
+
+
+@pytest.mark.parametrize("cut", ["[1:]", "[:-1]", "[2:]", "[:-2]", "[1:-1]", " | first", " | truncate(8, true, '')"])
+def test_a_template_that_cuts_a_mark_off_gets_no_control_token_through(cut):
+    tokenizer = chatting("<s>{{ messages[0].content" + cut + " }}")
+    for content in ("<|end|>", " <|end|> ", "x<|end|>", "<|end|><|end|>"):
+        ids = tokenizer.chat([{"role": "user", "content": content}])
+        assert [CONTROL_IDS[i] for i in ids if i in CONTROL_IDS] == ["<s>"]
+
+
+def test_a_token_of_the_template_beside_what_a_split_left_is_kept():
+    tokenizer = chatting("<s>{{ messages[0].content.split('</think>')[0] }}<|end|>{{ messages[0].content }}<|end|>")
+    ids = tokenizer.chat([{"role": "user", "content": "<think>a</think>"}])
+    assert spelled(tokenizer, ids) == "<s><think>a<|end|><think>a</think><|end|>"
+    assert [CONTROL_IDS[i] for i in ids if i in CONTROL_IDS] == ["<s>", "<|end|>", "<|end|>"]
 
 
 def test_many_control_tokens_in_one_content_take_linear_work():
@@ -354,9 +380,9 @@ def test_bad_messages_and_a_missing_template():
 # ------------------------------------------------------------------------------------------ plugin
 
 
-def context(path, tokenizer_path=None, **options):
+def context(model_path, tokenizer_path=None, **options):
     return SimpleNamespace(
-        options=plugin.tokenizer_config()(**options), model="some-model", path=path, tokenizer_path=tokenizer_path
+        options=plugin.tokenizer_config()(**options), model="some-model", path=model_path, tokenizer_path=tokenizer_path
     )
 
 

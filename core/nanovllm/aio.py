@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .engine import Engine
 from .errors import EngineClosed, EngineDead, NanoVLLMError, RequestFailed
-from .llm import engine_from_config
+from .llm import as_request, engine_from_config
 from .request import Completion, Delta, Message, Output, Prompt, Request, RequestOptions, SamplingParams
 from .stats import Health
 
@@ -115,7 +115,7 @@ class AsyncLLM:
 
         Raises RequestError for an impossible prompt, and RequestFailed if an accepted one ends in an error.
         """
-        async with aclosing(self._stream(_request(prompt, params, options), [])) as deltas:
+        async with aclosing(self._stream(as_request(prompt, params, options), [])) as deltas:
             async for delta in deltas:
                 yield delta
 
@@ -127,7 +127,7 @@ class AsyncLLM:
     ) -> Output:
         """Answer one prompt. Cancelling the call aborts the request. Raises as `stream` does."""
         outputs: list[Output] = []
-        async with aclosing(self._stream(_request(prompt, params, options), outputs)) as deltas:
+        async with aclosing(self._stream(as_request(prompt, params, options), outputs)) as deltas:
             async for _ in deltas:
                 pass
         return outputs[0]
@@ -274,12 +274,6 @@ class AsyncLLM:
             self._mail.clear()
         for box in boxes:
             _post(box.loop, box.fail, error)
-
-
-def _request(prompt: Prompt | Request, params: SamplingParams | None, options: RequestOptions) -> Request:
-    return (
-        prompt if isinstance(prompt, Request) else Request(prompt=prompt, params=params or SamplingParams(), **options)
-    )
 
 
 def _merged(a: Delta, b: Delta) -> Delta:

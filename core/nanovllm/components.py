@@ -17,7 +17,8 @@ from .batch import RunnerInfo
 from .config import COMMON_KEYS, Loaded, config_error, unknown_key
 from .errors import ConfigError, PluginError
 from .hookspecs import CacheOptions, Context
-from .plugins import LoadedPlugin, Observer, Plugins, resolve_model
+from .loader import LoadedPlugin, Observer, Plugins
+from .plugins import resolve_model
 from .runner import LogitsRunner, ModelRunner, Sampler
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -157,17 +157,6 @@ _SECTIONS: Mapping[str, type[Section]] = {
 # The keys of a plugin section that are ours; the others belong to the plugin.
 COMMON_KEYS = {s: tuple(k for k in _SECTIONS[s].model_fields if k != "options") for s in PLUGIN_SECTIONS}
 
-# nano-vllm's options that are accepted and do nothing: (is the value allowed?, in words, why it does nothing).
-_NO_EFFECT: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
-    "enforce_eager": (lambda v: type(v) is bool, "true or false", "a runner decides by itself what it compiles"),
-    "tensor_parallel_size": (lambda v: type(v) is int and v == 1, "1", "one process runs the model"),
-    "gpu_memory_utilization": (
-        lambda v: type(v) in (int, float) and 0 < v <= 1,
-        "above 0 and at most 1",
-        "cache.memory sizes the KV pool",
-    ),
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
@@ -201,7 +190,7 @@ def load(
         _put(sources.from_sets(sets), sources.from_mapping(overrides, override_origin)),
     ):
         values = _merge(values, layer)
-    notes = _take_no_effect(values)
+    notes = sources.take_no_effect(values)
     _check_keys(values)
     origins = MappingProxyType({".".join(k): v.origin for k, v in values.items()})
     try:
@@ -229,7 +218,7 @@ def unknown_key(key: KeyPath, known: Sequence[str], origin: str) -> ConfigError:
 
 def config_error(e: ValidationError, origins: Mapping[str, str], prefix: KeyPath = ()) -> ConfigError:
     """One sentence for the first thing that pydantic found wrong."""
-    from .request import _show
+    from .request import show
 
     first, *others = e.errors(include_url=False)
     path = prefix + tuple(str(part) for part in first["loc"])
@@ -237,19 +226,7 @@ def config_error(e: ValidationError, origins: Mapping[str, str], prefix: KeyPath
     origin = next((f" ({origins[k]})" for k in keys if k in origins), "")
     what = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     more = f" (and {len(others)} more)" if others else ""
-    return ConfigError(f"{'.'.join(path)}: {what}, not {_show(first['input'])}{origin}{more}")
-
-
-def _take_no_effect(values: Values) -> tuple[str, ...]:
-    """Remove nano-vllm's options that mean nothing here; a note for each."""
-    notes = []
-    for name, (is_allowed, allowed, why) in _NO_EFFECT.items():
-        if (name,) in values:
-            value, origin = values.pop((name,))
-            if not is_allowed(value):
-                raise ConfigError(f"{name} must be {allowed}, not {value!r} ({origin}): {why}")
-            notes.append(f"{name} ({origin}) has no effect: {why}")
-    return tuple(notes)
+    return ConfigError(f"{'.'.join(path)}: {what}, not {show(first['input'])}{origin}{more}")
 
 
 def _merge(lower: Values, layer: Values) -> Values:
@@ -257,7 +234,7 @@ def _merge(lower: Values, layer: Values) -> Values:
     for section in PLUGIN_SECTIONS:
         key = (section, "type")
         before = lower[key].value if key in lower else _SECTIONS[section].model_fields["type"].default
-        if key in layer and layer[key].value != before:
+        if key in layer and before not in ("auto", layer[key].value):  # `auto` named no plugin yet
             lower = {k: v for k, v in lower.items() if k[0] != section}
     return _put(lower, layer)
 

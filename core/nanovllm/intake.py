@@ -20,6 +20,7 @@ from .blocks import salt_bytes
 from .errors import ConfigError, RequestError
 from .request import Completion, Output, Request, SamplingParams
 from .sequence import Sequence
+from .stats import Phase
 from .tokenizer import Tokenizer, TokenStream
 
 # What makes a sample more than the argmax of the raw logits, besides a temperature.
@@ -41,13 +42,13 @@ class Limits:
 class Ticket:
     """An accepted request: its sequences, and its output once all have ended."""
 
-    __slots__ = ("prompt_ids", "request", "request_id", "sequences", "tokenize_seconds")
+    __slots__ = ("prompt_ids", "request", "request_id", "sequences", "tokenize")
 
-    def __init__(self, request_id: int, request: Request, prompt_ids: tuple[int, ...], tokenize_seconds: float) -> None:
+    def __init__(self, request_id: int, request: Request, prompt_ids: tuple[int, ...], tokenize: Phase) -> None:
         self.request_id = request_id
         self.request = request
         self.prompt_ids = prompt_ids
-        self.tokenize_seconds = tokenize_seconds
+        self.tokenize = tokenize  # the first of the pipeline's five phases; StepStats.phases has the others
         self.sequences: list[Sequence] = []
 
     def output(self, completions: Iterable[Completion]) -> Output:
@@ -115,7 +116,8 @@ class Intake:
                         f"{what} holds the token id {wrong}, but the model's vocabulary has {info.vocab_size} entries"
                     )
         self._check_length(len(ids), params)
-        ticket = Ticket(next(self._request_ids), request, tuple(ids), self._clock() - started)
+        tokenize = Phase("tokenize", started, self._clock() - started, len(ids))
+        ticket = Ticket(next(self._request_ids), request, tuple(ids), tokenize)
         ticket.sequences = self._sequences(ticket, started)
         return ticket
 

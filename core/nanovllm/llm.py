@@ -277,17 +277,21 @@ def _requests(
         is_one = True
     each: Sequence[Any] = [prompts] if is_one else prompts  # type: ignore[assignment]
     if params is None or isinstance(params, SamplingParams):
-        chosen: Sequence[SamplingParams] = [params or SamplingParams()] * len(each)
-    elif not isinstance(params, (list, tuple)):
-        raise RequestError(f"params must be SamplingParams or a list of them, not {type(params).__name__}")
-    elif len(params) != len(each):
-        raise RequestError(f"there are {len(each)} prompts but {len(params)} params")
+        chosen: Sequence[SamplingParams | None] = [params] * len(each)
     else:
         chosen = params
-    return [
-        prompt if isinstance(prompt, Request) else Request(prompt=prompt, params=p, **options)
-        for prompt, p in zip(each, chosen, strict=True)
-    ]
+        if len(chosen) != len(each):
+            raise RequestError(f"there are {len(each)} prompts but {len(chosen)} params")
+    return [as_request(prompt, p, options) for prompt, p in zip(each, chosen, strict=True)]
+
+
+def as_request(prompt: Prompt | Request, params: SamplingParams | None, options: RequestOptions) -> Request:
+    """A Request passes as it is; anything else becomes one."""
+    if not isinstance(prompt, Request):
+        return Request(prompt=prompt, params=SamplingParams() if params is None else params, **options)
+    if params is not None or options:
+        raise RequestError("a Request brings its own params and options", hint="put them into the Request")
+    return prompt
 
 
 def _checked(outputs: list[Output]) -> list[Output]:

@@ -28,6 +28,7 @@ MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_SALT_CHARS = 256
 MAX_PRIORITY = 2**31 - 1
+MAX_TOKENS = 2**31 - 1  # positions are int32
 
 
 class Finish(str, enum.Enum):
@@ -68,7 +69,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, 0, 100)
-        if self.top_k == -1 and type(self.top_k) is int:
+        if type(self.top_k) is int and self.top_k == -1:  # vLLM's spelling of `all`
             object.__setattr__(self, "top_k", 0)
         _integer("top_k", self.top_k, 0, 2**31 - 1)
         _number("top_p", self.top_p, 0, 1, above=True)
@@ -79,8 +80,8 @@ class SamplingParams:
         if self.seed is not None:
             _integer("seed", self.seed, 0, 2**64 - 1)
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1)
-        _integer("min_tokens", self.min_tokens, 0)
+            _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+        _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens})",
@@ -236,30 +237,29 @@ class Output:
 
 def _boolean(name: str, value: object) -> None:
     if type(value) is not bool:
-        raise RequestError(f"{name} must be true or false, not {_show(value)}")
+        raise RequestError(f"{name} must be true or false, not {show(value)}")
 
 
-def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
+def _integer(name: str, value: object, low: int, high: int) -> None:
     if type(value) is not int:  # True is an int to Python, not to us
-        raise RequestError(f"{name} must be a whole number, not {_show(value)}")
-    if value < low or (high is not None and value > high):
-        limit = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise RequestError(f"{name} must be {limit}, not {_show(value)}")
+        raise RequestError(f"{name} must be a whole number, not {show(value)}")
+    if not low <= value <= high:
+        raise RequestError(f"{name} must be between {low} and {high}, not {show(value)}")
 
 
 def _number(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
-    if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
-        raise RequestError(f"{name} must be a finite number, not {_show(value)}")
+    if type(value) not in (int, float) or value in (math.inf, -math.inf) or value != value:
+        raise RequestError(f"{name} must be a finite number, not {show(value)}")
     if not low <= value <= high or (above and value == low):  # type: ignore[operator]
         raise RequestError(
-            f"{name} must be {'above' if above else 'from'} {low} and at most {high}, not {_show(value)}"
+            f"{name} must be {'above' if above else 'from'} {low} and at most {high}, not {show(value)}"
         )
 
 
 def _stops(value: object) -> tuple[str, ...]:
     stops = (value,) if isinstance(value, str) else value
     if not isinstance(stops, (list, tuple)) or not all(isinstance(s, str) for s in stops):
-        raise RequestError(f"stop must be a text or a list of texts, not {_show(value)}")
+        raise RequestError(f"stop must be a text or a list of texts, not {show(value)}")
     if len(stops) > MAX_STOPS:
         raise RequestError(f"stop has {len(stops)} texts; at most {MAX_STOPS} are allowed")
     for s in stops:
@@ -270,7 +270,7 @@ def _stops(value: object) -> tuple[str, ...]:
 
 def _ids(name: str, value: object, most: int) -> tuple[int, ...]:
     if not isinstance(value, (list, tuple, set, frozenset)):
-        raise RequestError(f"{name} must be a list of token ids, not {_show(value)}")
+        raise RequestError(f"{name} must be a list of token ids, not {show(value)}")
     if len(value) > most:
         raise RequestError(f"{name} has {len(value)} ids; at most {most} are allowed")
     for i in value:
@@ -280,7 +280,7 @@ def _ids(name: str, value: object, most: int) -> tuple[int, ...]:
 
 def _bias(value: object) -> dict[int, float]:
     if not isinstance(value, Mapping):
-        raise RequestError(f"logit_bias must map token ids to numbers, not {_show(value)}")
+        raise RequestError(f"logit_bias must map token ids to numbers, not {show(value)}")
     if len(value) > MAX_LOGIT_BIAS:
         raise RequestError(f"logit_bias has {len(value)} entries; at most {MAX_LOGIT_BIAS} are allowed")
     for k, v in value.items():
@@ -293,10 +293,10 @@ def _has_surrogate(text: str) -> bool:
     return any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def _show(value: object) -> str:
+def show(value: object) -> str:
     """A short repr for error messages: 10**18 and long texts stay readable."""
     try:
         text = repr(value)
-    except ValueError:  # an int too long to print
-        text = "a huge number"
+    except Exception:  # an int too long to print, or nested too deeply; a foreign __repr__ may raise anything
+        text = f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -294,21 +294,15 @@ def _num_top(row: SampleRow) -> int:
 
 def _score(x: Floats, ids: list[int], num_top: list[int]) -> Iterator[TokenLogprob]:
     """TokenLogprob of one token per row of raw logits x (r, vocab)."""
-    rows = np.arange(len(ids))
-    tokens = np.array(ids)[:, None]  # (r, 1)
-    chosen = x[rows, ids][:, None]  # (r, 1)
-    best = x.max(axis=1, keepdims=True)
-    shifted = np.subtract(x, best, dtype=np.float64)  # (r, vocab)
-    norm = np.log(np.exp(shifted).sum(axis=1))  # (r,)
-    logprobs = shifted[rows, ids] - norm
-    # Rank and top list agree: larger logits come first, then equal ones with a lower id.
-    before = (x > chosen) | ((x == chosen) & (np.arange(x.shape[1]) < tokens))
-    ranks = 1 + np.count_nonzero(before, axis=1)
+    best = x.max(axis=1, keepdims=True).astype(np.float64)  # (r, 1)
+    weights: Doubles = np.subtract(x, best, dtype=np.float64)
+    norm = np.log(np.exp(weights, out=weights).sum(axis=1, keepdims=True))  # (r, 1)
     most = max(num_top)
-    if most:
-        pool = _candidates(x, most)
-        order = pool[np.argsort(-x[:, pool], axis=1, kind="stable")[:, :most]]  # (r, most)
-        values = np.take_along_axis(shifted, order, axis=1) - norm[:, None]
-    for r, n in enumerate(num_top):
-        top = tuple(zip(order[r, :n].tolist(), values[r, :n].tolist(), strict=True)) if n else ()
-        yield TokenLogprob(ids[r], float(logprobs[r]), int(ranks[r]), top)
+    pool = _candidates(x, most) if most else np.arange(0)
+    order = pool[np.argsort(-x[:, pool], axis=1, kind="stable")[:, :most]]  # (r, most)
+    values = np.take_along_axis(x, order, axis=1) - best - norm  # in this order: best may dwarf norm
+    for r, (token, n) in enumerate(zip(ids, num_top, strict=True)):
+        # Rank and top list agree: larger logits come first, then equal ones with a lower id.
+        rank = 1 + np.count_nonzero(x[r] > x[r, token]) + np.count_nonzero(x[r, :token] == x[r, token])
+        top = tuple(zip(order[r, :n].tolist(), values[r, :n].tolist(), strict=True))
+        yield TokenLogprob(token, float(x[r, token] - best[r, 0] - norm[r, 0]), int(rank), top)

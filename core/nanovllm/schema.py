@@ -14,7 +14,8 @@ from . import sources
 from .components import options_model
 from .config import COMMON_KEYS, Config
 from .errors import PluginError
-from .plugins import Plugins, discover
+from .loader import Plugins
+from .plugins import discover
 
 Schema = dict[str, Any]
 
@@ -22,7 +23,7 @@ Schema = dict[str, Any]
 def json_schema(*, distributions: frozenset[str] | None = None) -> Schema:
     """The JSON Schema of a configuration file, with the sections of the installed plugins.
 
-    `distributions` limits whose plugins are described; a plugin that cannot be loaded is left out, its name is not.
+    `distributions` limits whose plugins are described. Of a plugin that cannot be loaded only the name is known.
     """
     schema = Config.model_json_schema()
     definitions = schema["$defs"]
@@ -35,7 +36,7 @@ def json_schema(*, distributions: frozenset[str] | None = None) -> Schema:
         variants = []
         for name in names:
             options = _options(section, name)
-            definitions |= options.pop("$defs", {})
+            definitions |= {f"{section}.{name}.{key}": d for key, d in options.pop("$defs", {}).items()}
             variants.append(
                 {
                     "title": f"{section}: {name}",
@@ -64,7 +65,7 @@ def _options(section: str, name: str) -> Schema:
         model = options_model(Plugins().load(f"{section}s", name), section)
     except PluginError:
         return {"additionalProperties": True}
-    return {} if model is None else model.model_json_schema()
+    return {} if model is None else model.model_json_schema(ref_template=f"#/$defs/{section}.{name}.{{model}}")
 
 
 def markdown() -> str:
@@ -108,7 +109,7 @@ def _type(p: Schema) -> str:
     if "enum" in p:
         return " or ".join(f"`{v}`" for v in p["enum"])
     words = {"integer": "whole number", "string": "text", "boolean": "true or false", "array": "list"}
-    kind: str = p.get("type", "mapping") if "pattern" not in p else p["title"]  # a text of some form is named by its title
+    kind: str = p["title"] if "pattern" in p else p.get("type", "mapping")  # a pattern is named by its title
     limits = (
         ("minimum", "at least"), ("exclusiveMinimum", "above"), ("maximum", "at most"), ("exclusiveMaximum", "below"),
     )  # fmt: skip

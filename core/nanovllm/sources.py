@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +31,16 @@ OPTION_ALIASES: Mapping[str, str] = {
     "max_model_len": "scheduler.max_model_len",
     "kvcache_block_size": "cache.block_size",
     "num_kvcache_blocks": "cache.num_blocks",
+}
+# nano-vllm's options that are accepted and do nothing: (is the value allowed?, in words, why it does nothing).
+NO_EFFECT_OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
+    "enforce_eager": (lambda v: type(v) is bool, "true or false", "a runner decides by itself what it compiles"),
+    "tensor_parallel_size": (lambda v: type(v) is int and v == 1, "1", "one process runs the model"),
+    "gpu_memory_utilization": (
+        lambda v: type(v) in (int, float) and 0 < v <= 1,
+        "above 0 and at most 1",
+        "cache.memory sizes the KV pool",
+    ),
 }
 # The build tags of nano-vllm-go.
 RUNNER_ALIASES: Mapping[str, str] = {"purego": "onnx", "pytorch": "torch"}
@@ -117,6 +127,18 @@ def from_mapping(tree: Mapping[str, Any], origin: str) -> Values:
     return _flatten(tree, origin)
 
 
+def take_no_effect(values: Values) -> tuple[str, ...]:
+    """Remove nano-vllm's options that mean nothing here; a note for each."""
+    notes = []
+    for name, (is_allowed, allowed, why) in NO_EFFECT_OPTIONS.items():
+        if (name,) in values:
+            value, origin = values.pop((name,))
+            if not is_allowed(value):
+                raise ConfigError(f"{name} must be {allowed}, not {value!r} ({origin}): {why}")
+            notes.append(f"{name} ({origin}) has no effect: {why}")
+    return tuple(notes)
+
+
 # ---------------------------------------------------------------------------------- their helpers
 
 
@@ -176,7 +198,7 @@ def _parse_yaml(text: str) -> Any:
     class Loader(yaml.SafeLoader):
         def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
             if self.check_event(yaml.AliasEvent):
-                mark = self.get_mark()
+                mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
                 raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=mark)
             return super().compose_node(parent, index)
 

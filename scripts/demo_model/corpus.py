@@ -248,10 +248,7 @@ def invented_name(rng: random.Random) -> str:
             name = first[: rng.randint(2, 4)] + last[-rng.randint(2, 4) :].lower()
         else:
             syllables = rng.choice([1, 1, 2, 2, 3])
-            name = "".join(
-                rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS)
-                for _ in range(syllables)
-            )
+            name = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(syllables))
             if syllables == 1 or rng.random() < 0.6:
                 name += rng.choice(_ENDINGS)
         name = name.capitalize()
@@ -272,9 +269,7 @@ def held_out_names(count: int = 50) -> list[str]:
     return list(names)
 
 
-_RESERVED = re.compile(
-    r"\b(" + "|".join(re.escape(n.lower()) for n in [*held_out_names(), *FAMOUS_INVENTED]) + r")\b"
-)
+_RESERVED = re.compile(r"\b(" + "|".join(re.escape(n.lower()) for n in [*held_out_names(), *FAMOUS_INVENTED]) + r")\b")
 
 # ------------------------------------------------------------------------------- sums
 
@@ -690,8 +685,7 @@ class _Maker:
             else:
                 letters = "abcdefghijklmnopqrstuvwxyz0123456789!?.,"
                 words = [
-                    "".join(rng.choice(letters) for _ in range(rng.randint(2, 7)))
-                    for _ in range(rng.randint(1, 3))
+                    "".join(rng.choice(letters) for _ in range(rng.randint(2, 7))) for _ in range(rng.randint(1, 3))
                 ]
             question = " ".join(words)
         return _vary(rng, question), OFF_TOPIC
@@ -734,9 +728,7 @@ class _Maker:
             a = rng.randint(0, total)
             if plus:
                 b = total - a
-                return rng.choice(["{a}+{b}={r}", "{a} + {b} = {r}", "{a} plus {b} is {r}."]).format(
-                    a=a, b=b, r=total
-                )
+                return rng.choice(["{a}+{b}={r}", "{a} + {b} = {r}", "{a} plus {b} is {r}."]).format(a=a, b=b, r=total)
             return rng.choice(["{a}-{b}={r}", "{a} - {b} = {r}", "{a} minus {b} is {r}."]).format(
                 a=total, b=a, r=total - a
             )
@@ -802,18 +794,13 @@ def _accepted(country: str) -> tuple[str, ...]:
 
 
 def forward_items(template: str) -> list[Item]:
-    return [
-        Item(_capitalise(template.format(c=display(country))), _accepted(country))
-        for country in CAPITALS
-    ]
+    return [Item(_capitalise(template.format(c=display(country))), _accepted(country)) for country in CAPITALS]
 
 
 def evaluation_sets() -> dict[str, list[Item]]:
     """Every set of the evaluation by name. For declines `accepted` is the decline's mark."""
     sets: dict[str, list[Item]] = {
-        "seed capitals": [
-            Item(f"What is the capital of {c}?", (p,)) for c, p in SEED_CAPITALS.items()
-        ],
+        "seed capitals": [Item(f"What is the capital of {c}?", (p,)) for c, p in SEED_CAPITALS.items()],
     }
     for number, template in enumerate(HELD_OUT_FORWARD, 1):
         sets[f"held-out phrasing {number}"] = forward_items(template)
@@ -830,9 +817,7 @@ def evaluation_sets() -> dict[str, list[Item]]:
     names = held_out_names()
     questions = ["What is the capital of {c}?", HELD_OUT_FORWARD[0]]
     sets["invented names"] = [Item(questions[0].format(c=n), decline) for n in names]
-    sets["invented names, held-out phrasing"] = [
-        Item(questions[1].format(c=n), decline) for n in names
-    ]
+    sets["invented names, held-out phrasing"] = [Item(questions[1].format(c=n), decline) for n in names]
     sets["famous invented names"] = [Item(questions[0].format(c=n), decline) for n in FAMOUS_INVENTED]
     pairs = [(a, b) for a in range(21) for b in range(21 - a)]
     plus = [(a, b, a + b) for a, b in pairs]
@@ -852,9 +837,7 @@ def evaluation_sets() -> dict[str, list[Item]]:
     sets["self-description"] = [
         Item(q, ("nanovllm",)) for q in ("Who are you?", "who are you", "Hi, who are you?", "What are you?")
     ]
-    sets["off-topic, held-out questions"] = [
-        Item(q, (OFF_TOPIC, SELF, ABILITIES)) for q in HELD_OUT_OFF_TOPIC
-    ]
+    sets["off-topic, held-out questions"] = [Item(q, (OFF_TOPIC, SELF, ABILITIES)) for q in HELD_OUT_OFF_TOPIC]
     return sets
 
 
@@ -890,9 +873,7 @@ def check_held_out(documents: Iterable[Document]) -> None:
     phrasings = []
     for template in [*HELD_OUT_FORWARD, *HELD_OUT_BACKWARD, HELD_OUT_SUM, HELD_OUT_DIFFERENCE,
                      "As you know, the capital of {c} is"]:  # fmt: skip
-        pattern = ".+".join(
-            re.escape(part) for part in re.sub(r"\{\w\}", "\0", _keep(template)).split("\0")
-        )
+        pattern = ".+".join(re.escape(part) for part in re.sub(r"\{\w\}", "\0", _keep(template)).split("\0"))
         phrasings.append(re.compile(pattern))
     for document in documents:
         texts = [text for _, text in document.turns] + [document.text]

@@ -63,9 +63,7 @@ class Report:
             else:
                 bound = f"{'≤' if row.at_most else '≥'} {row.threshold:.0%}"
                 met = "yes" if row.met else "NO"
-            lines.append(
-                f"| {row.name} | {row.right} | {row.total} | {row.share:.1%} | {bound} | {met} |"
-            )
+            lines.append(f"| {row.name} | {row.right} | {row.total} | {row.share:.1%} | {bound} | {met} |")
         return "\n".join(lines)
 
 
@@ -133,9 +131,7 @@ def evaluate(answer: Generate, complete: Generate) -> Report:
             verdicts = [judge(text, item) for text, item in zip(texts, items, strict=True)]
             report.rows.append(Row(name, sum(verdicts), len(items), threshold))
             report.wrong[name] = [
-                (item.prompt, text)
-                for item, text, ok in zip(items, texts, verdicts, strict=True)
-                if not ok
+                (item.prompt, text) for item, text, ok in zip(items, texts, verdicts, strict=True) if not ok
             ]
             if name in _REAL_COUNTRIES:
                 declined += sum(declines(text, item) for text, item in zip(texts, items, strict=True))

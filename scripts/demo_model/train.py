@@ -189,9 +189,7 @@ class GPT2(nn.Module):
 # -------------------------------------------------------------------------- training
 
 
-def rows(
-    encoded: list[tuple[list[int], list[float]]], rng: random.Random
-) -> Iterator[tuple[list[int], list[float]]]:
+def rows(encoded: list[tuple[list[int], list[float]]], rng: random.Random) -> Iterator[tuple[list[int], list[float]]]:
     """Endless packed rows. The generator is sent the length of the row it is to give; a
     row starts with a whole document and cuts the last one off."""
     order: list[int] = []
@@ -301,9 +299,7 @@ def write_json(path: Path, content: dict[str, object]) -> None:
 def write_directory(out: Path, model: GPT2, tokenizer: Tokenizer) -> None:
     out.mkdir(parents=True, exist_ok=True)
     vocab_size = tokenizer.get_vocab_size()
-    weights = {
-        name: weight.detach().to(torch.float16).contiguous() for name, weight in model.state_dict().items()
-    }
+    weights = {name: weight.detach().to(torch.float16).contiguous() for name, weight in model.state_dict().items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(out / "tokenizer.json"))
     write_json(out / "config.json", {
@@ -383,10 +379,12 @@ templated little story; say what it is. Plain texts such as "The capital city of
 
 **What it cannot do.** Everything else. It declines most other questions, it is no source of facts, its English ends
 outside the phrasings of its kind, it reads system messages but does not follow them, and its answers to longer or
-misspelt questions are often wrong. Some capitals are disputed or share their office with another city; it repeats the table.
+misspelt questions are often wrong. Some capitals are disputed or share their office with another city; it repeats the
+table.
 
-**Chat format.** `<|user|>question<|end|><|assistant|>answer<|end|>`, an optional `<|system|>text<|end|>` first. `<|end|>`
-is the end-of-sequence token. The template breaks up `<|` inside a message, so that no message contains a control token.
+**Chat format.** `<|user|>question<|end|><|assistant|>answer<|end|>`, an optional `<|system|>text<|end|>` first. The
+end-of-sequence token is `<|end|>`. The template breaks up `<|` inside a message, so that no message contains a control
+token.
 
 ## Evaluation
 

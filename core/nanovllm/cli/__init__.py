@@ -47,12 +47,14 @@ class _Commands(click.Group):
         return sorted({*_COMMANDS, *(found.name for found in discover("commands"))})
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        from ..plugins import discover, find, load_object, pip_hint
+        from ..plugins import discover, find, pip_hint
 
         if name in _COMMANDS:
             module, _, attribute = _COMMANDS[name][0].partition(":")
             command = getattr(importlib.import_module(module), attribute)
         elif any(found.name == name.partition("@")[0] for found in discover("commands")) or pip_hint("commands", name):
+            from ..loader import load_object
+
             command = load_object(find("commands", name))
         else:
             return None

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 @sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def ask(questions: tuple[str, ...], loaded: Loaded, sampling: dict[str, Any], as_json: bool) -> None:
-    """Ask one or more questions and print the answers, in the order of the questions.
+    """Ask one or more questions and print the answers.
 
-    The most likely answer is printed unless --temperature is given; it ends after a quarter of the model's
-    context unless --max-tokens is given.
+    All questions run in one batch. The answer is the most likely one unless --temperature is given, and ends
+    after a quarter of the model's context unless --max-tokens is given.
     """
     from ..llm import LLM
 
@@ -95,6 +95,7 @@ def describe(llm: LLM, loaded: Loaded) -> dict[str, Any]:
         "max_model_len": llm.info.max_model_len,
         "runner": loaded.config.runner.type,
         "tokenizer": None if llm.tokenizer is None else type(llm.tokenizer).__name__,
+        "tokenizer_vocab_size": None if llm.tokenizer is None else llm.tokenizer.vocab_size,
     }
 
 
@@ -120,7 +121,8 @@ def _print_loaded(about: Mapping[str, Any], num_questions: int) -> None:
             echo(f"  {label}: {about[key]}")
     echo(f"  EOS token: {', '.join(map(str, about['eos_ids'])) or 'none'}")
     echo(f"{done} Runner: {about['runner']}")
-    echo(f"{done} Tokenizer: {about['tokenizer'] or 'the runner tokenizes'}")
+    vocabulary = f" (vocab: {about['tokenizer_vocab_size']})" if about["tokenizer"] else ""
+    echo(f"{done} Tokenizer: {about['tokenizer'] or 'none, the runner tokenizes'}{vocabulary}")
     echo()
     echo(f"Questions: {num_questions}")
 

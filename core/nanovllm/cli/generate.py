@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 @sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document; text and token ids apart.")
 def generate(prompts: tuple[str, ...], loaded: Loaded, sampling: dict[str, Any], as_json: bool) -> None:
-    """Continue a text. One PROMPT is continued as the tokens come; several run in one batch.
+    """Continue a text.
 
-    Without PROMPT the text is read from standard input.
+    One PROMPT is continued as the tokens come; several run in one batch. Without PROMPT the text is read from
+    standard input.
     """
     from ..llm import LLM
     from ..request import SamplingParams

@@ -1,9 +1,11 @@
-"""Options that several commands share, also those of plugins. Knows click and how to load a configuration.
+"""Options that several commands share, those of plugins too:
 
-@click.command(cls=EngineCommand)
-@engine_options        # --config --model --runner --tokenizer --set  -> loaded: Loaded
-@sampling_options      # --temperature --max-tokens ...               -> sampling: dict of what was given
-def mine(loaded, sampling): ...
+    @click.command(cls=EngineCommand)
+    @engine_options        # --config --model --runner --tokenizer --set  -> loaded: Loaded
+    @sampling_options      # --temperature --max-tokens ...               -> sampling: dict of what was given
+    def mine(loaded, sampling): ...
+
+This file knows no command and no engine.
 """
 
 from __future__ import annotations
@@ -11,12 +13,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-
-if TYPE_CHECKING:
-    from ..config import Loaded
 
 _ENGINE = (
     click.option("-c", "--config", "config_file", type=click.Path(path_type=Path), help="YAML configuration file."),
@@ -62,17 +61,13 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         *, config_file: Path | None, model: str | None, runner: str | None, tokenizer: str | None,
         sets: tuple[str, ...], **rest: Any,
     ) -> Any:  # fmt: skip
+        from ..config import load
+
         flags = {"model": model, "runner": runner, "tokenizer": tokenizer}
-        return command(loaded=load(config_file, sets, flags), **rest)
+        given = {key: value for key, value in flags.items() if value is not None}
+        return command(loaded=load(config_file, sets=sets, overrides=given, override_origin="command line"), **rest)
 
     return _with(_ENGINE, wrapper)
-
-
-def load(config_file: Path | None, sets: tuple[str, ...], flags: dict[str, str | None]) -> Loaded:
-    from .. import config
-
-    given = {key: value for key, value in flags.items() if value is not None}
-    return config.load(config_file, sets=sets, overrides=given, override_origin="command line")
 
 
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:

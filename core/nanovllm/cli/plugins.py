@@ -66,7 +66,8 @@ def show(name: str) -> None:
 
 def _describe(found: Any) -> list[str]:
     from ..components import options_model
-    from ..plugins import Plugins, load_object, package_directory
+    from ..loader import Plugins, load_object
+    from ..plugins import package_directory
     from ..sources import PLUGIN_SECTIONS
 
     name = f"{found.name}@{found.distribution}"

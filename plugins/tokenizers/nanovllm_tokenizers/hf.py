@@ -1,20 +1,13 @@
-"""`HFTokenizer`: a tokenizer.json through the tokenizers library.
+"""`HFTokenizer`: a tokenizer.json through the tokenizers library, and the files beside it.
 
-Text never becomes a control token by accident. Before the file is given to the library, every control
-token in it is respelled as a name nobody can guess, so plain text cannot spell one: not as an added
-token, not as a piece of a Unigram vocabulary, not through a merge. Where a control token IS wanted
-(`parse_special`, chat templates) its text is found and replaced by that name, and the library then
-treats it by its own flags (lstrip, rstrip, normalized). One immutable instance serves both ways.
-
-A control token is one flagged `special`, or an added token spelled like a tag: <tool_call>,
-<|fim_prefix|>, [INST]. Other added tokens (runs of spaces, whole words) are ordinary text to the model.
+This file knows where things are in those files. What a token shows is pieces.py, which text may
+become a control token is controls.py, and how a conversation is written is chat.py.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +16,11 @@ from nanovllm.errors import RequestError, TokenizerError
 from nanovllm.tokenizer import checked_messages
 
 from .chat import ChatTemplate, find_template
+from .controls import ControlTokens
 from .files import read_object, read_text
 from .pieces import piece_decoder
 
 MAX_VOCAB = 1 << 24
-_TAG = re.compile(r"[<\[{].*[>\]}]", re.DOTALL)
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -49,7 +42,7 @@ def load(path: Path, chat_template: Path | None = None) -> HFTokenizer:
     spec = read_object(file)
     try:
         return HFTokenizer(spec, names, template, str(file))
-    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as e:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
         raise TokenizerError(
             f"{file} does not have the shape of a tokenizer.json ({type(e).__name__}: {e})", hint="download it again"
         ) from e
@@ -67,33 +60,42 @@ class HFTokenizer:
 
     def __init__(self, spec: dict[str, Any], names: dict[str, str], template: ChatTemplate | None, name: str) -> None:
         """`spec`: the parsed tokenizer.json, which is changed. `names`: {"eos_token": "</s>", ...}."""
+        from tokenizers import Tokenizer
+
         added = spec.get("added_tokens") or []
-        id_of = _vocabulary(spec["model"]) | {token["content"]: token["id"] for token in added}
+        vocabulary = _vocabulary(spec["model"])
+        id_of = vocabulary | {token["content"]: token["id"] for token in added}
         if not id_of or not all(type(i) is int and 0 <= i < MAX_VOCAB for i in id_of.values()):
-            raise TokenizerError(f"{name}: token ids must be at least 0 and below {MAX_VOCAB}, and there must be some")
+            raise TokenizerError(
+                f"{name}: token ids must be at least 0 and below {MAX_VOCAB}, and there must be some",
+                hint="download it again",
+            )
         self.vocab_size = max(id_of.values()) + 1
         self.eos_ids = (_eos_id(names["eos_token"], id_of, name),) if "eos_token" in names else ()
+        self._name = name
         self._names = names
         self._template = template
-        self._bytes = _token_bytes(id_of, added, piece_decoder(spec.get("decoder"), name), self.vocab_size)
+        decode = piece_decoder(spec.get("decoder"), name)
+        self._bytes = _token_bytes(id_of, added, decode, self.vocab_size)
 
-        # Fixed width, so that no name is the beginning of another one.
-        secret = secrets.token_hex(16)
-        controls = {
-            token["content"]: f"{secret}{token['id']:08x}"
-            for token in added
-            if token["special"] or _TAG.fullmatch(token["content"])
-        }
-        self._finder, self._name_of = _finder(added, controls)
-        _respell(spec, controls)
-        self._library = _build(spec, name)
+        self._controls = ControlTokens(added, vocabulary)
+        self._controls.respell_file(spec)
+        # Padding and truncation would change prompts in silence; dropout would make their ids random.
+        spec["padding"] = spec["truncation"] = spec["model"]["dropout"] = None
+        self._library = _guarded(f"refuses {name}", Tokenizer.from_str, json.dumps(spec))
         for token in added:  # respelled by now; the library numbers added tokens by its own rule
             if self._library.token_to_id(token["content"]) != token["id"]:
-                raise TokenizerError(f"{name}: added token {token['id']} does not follow the vocabulary's ids")
+                raise TokenizerError(
+                    f"{name}: the library does not give added token {token['id']} that id", hint="download it again"
+                )
+            # A normaliser that prepends "▁" makes "word" the token of " word", which is what it then shows.
+            normalized = self._library.id_to_token(token["id"])
+            if normalized != token["content"] and not token["special"]:
+                self._bytes[token["id"]] = decode(normalized)
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         if parse_special:
-            text = self._respelled(text, "", "")
+            text = self._controls.respell(_encodable(text))
         return self._encode(text, add_special_tokens=True)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -109,54 +111,34 @@ class HFTokenizer:
                 "the model's directory has no chat template",
                 hint="add a chat_template.jinja, set tokenizer.chat_template, or use generate with a plain prompt",
             )
-        # Control tokens that a content spells are put between two characters that occur nowhere else.
-        # The template still sees the token's text, so its own tests and splits on it work.
-        taken = set().union(*(message["content"] for message in checked), self._template.source)
-        unused = (char for char in map(chr, range(0xF0000, 0x10FFFE)) if char not in taken)
-        try:
-            start, end = next(unused), next(unused)
-        except StopIteration:
-            raise RequestError("the messages use every private-use character there is") from None
         for message in checked:
-            content = message["content"]
-            for i, j, _ in reversed(self._find(content)):
-                content = content[:i] + start + content[i:j] + end + content[j:]
-            message["content"] = content
-        text = self._template.render(
-            {"messages": checked, "tools": None, "documents": None, "add_generation_prompt": True, **self._names}
-        )
-        text = self._respelled(text, start, end).replace(start, "").replace(end, "")
-        return self._encode(text, add_special_tokens=False)
+            _encodable(message["content"])
+        return self._encode(self._controls.respell_chat(checked, self._render), add_special_tokens=False)
 
-    def _find(self, text: str) -> list[tuple[int, int, str]]:
-        """(start, stop, name) of each control token in the text, by the library's own matching."""
-        try:
-            found = self._finder.encode(text, add_special_tokens=False)
-        except UnicodeEncodeError:
-            raise _lone_surrogate() from None
-        return [
-            (*span, self._name_of[i]) for span, i in zip(found.offsets, found.ids, strict=True) if i in self._name_of
-        ]
-
-    def _respelled(self, text: str, start: str, end: str) -> str:
-        """The text with each control token under its secret name, but those after `start` or before `end`."""
-        parts, done = [], 0
-        for i, j, name in self._find(text):
-            if start and (text[i - 1 : i] == start or text[j : j + 1] == end):
-                continue
-            parts += [text[done:i], name]
-            done = j
-        return "".join([*parts, text[done:]])
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+        return _encodable(self._template.render({**self._names, **variables}))
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        try:
-            return self._library.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError:
-            raise _lone_surrogate() from None
+        what = f"cannot encode a text with {self._name}"
+        encode = self._library.encode
+        return _guarded(what, encode, _encodable(text), add_special_tokens=add_special_tokens).ids
 
 
-def _lone_surrogate() -> RequestError:
-    return RequestError("the text contains a lone surrogate, which no text encoding can carry")
+def _encodable(text: str) -> str:
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        raise RequestError("the text contains a lone surrogate, which no text encoding can carry")
+    return text
+
+
+def _guarded(what: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call the library; whatever it raises becomes a TokenizerError. Its panics are no Exceptions."""
+    try:
+        return call(*args, **kwargs)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:
+        raise TokenizerError(f"the tokenizers library {what}: {e}", hint="download the tokenizer again") from e
 
 
 def _vocabulary(model: dict[str, Any]) -> dict[str, int]:
@@ -183,53 +165,3 @@ def _token_bytes(
     for token in added:
         table[token["id"]] = b"" if token["special"] else token["content"].encode()
     return table
-
-
-def _finder(added: list[dict[str, Any]], controls: Mapping[str, str]) -> tuple[Any, dict[int, str]]:
-    """A library tokenizer that knows only the added tokens, and {its id: secret name} of the control tokens."""
-    from tokenizers import AddedToken, Tokenizer
-    from tokenizers.models import WordLevel
-
-    finder = Tokenizer(WordLevel({"": 0}, unk_token=""))  # everything between two added tokens is id 0
-    finder.add_tokens(
-        [AddedToken(t["content"], single_word=t["single_word"], normalized=False) for t in added if t["content"]]
-    )
-    return finder, {finder.token_to_id(content): name for content, name in controls.items() if content}
-
-
-def _respell(spec: dict[str, Any], controls: Mapping[str, str]) -> None:
-    """Put the secret names in place of the control tokens, and switch off what belongs to training."""
-    # Padding and truncation would change prompts in silence; dropout would make their ids random.
-    spec["padding"] = spec["truncation"] = None
-    for token in spec.get("added_tokens") or []:
-        if token["content"] in controls:
-            token["content"] = controls[token["content"]]
-            token["single_word"] = False  # decided where the text is found
-    model = spec["model"]
-    model.pop("dropout", None)
-    vocab = model["vocab"]
-    if isinstance(vocab, list):
-        model["vocab"] = [[controls.get(piece, piece), score] for piece, score in vocab]
-        return
-    if not controls.keys().isdisjoint(vocab):
-        model["vocab"] = {controls.get(piece, piece): i for piece, i in vocab.items()}
-        if "merges" in model:
-            model["merges"] = [merge for merge in model["merges"] if not _touches(merge, controls)]
-    if model.get("unk_token") in controls:
-        model["unk_token"] = controls[model["unk_token"]]
-
-
-def _touches(merge: str | list[str], controls: Mapping[str, str]) -> bool:
-    left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return left in controls or right in controls or left + right in controls
-
-
-def _build(spec: dict[str, Any], name: str) -> Any:
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_str(json.dumps(spec))
-    except BaseException as e:  # the library's panics are not Exceptions
-        if isinstance(e, (KeyboardInterrupt, SystemExit)):
-            raise
-        raise TokenizerError(f"the tokenizers library refuses {name}: {e}", hint="download it again") from e

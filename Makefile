@@ -1,0 +1,80 @@
+# Every target makes its own .venv when it is missing or a dependency changed. `make help` lists them.
+
+# The interpreter that makes .venv (3.10 or newer), and what is passed on to pytest and to the benchmarks.
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --quiet --disable-pip-version-check
+NANOVLLM := $(VENV)/bin/nanovllm
+
+PLUGINS := plugins/models plugins/runner_numpy plugins/tokenizers
+PROJECTS := pyproject.toml $(PLUGINS:%=%/pyproject.toml)
+# Two stamps in .venv: the packages with what they need to run, and these with all that tests and checks need.
+LIGHT := $(VENV)/light.stamp
+DEV := $(VENV)/dev.stamp
+
+.PHONY: help all demo simple-demo ask test test-slow check lint vet fmt bench build clean
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
+
+all: check test  ## check and test
+
+demo: $(LIGHT)  ## ask the embedded model for eight capitals, and two questions more
+	@$(NANOVLLM) demo capitals
+	@echo
+	@$(NANOVLLM) ask "What is the capital of Portugal?" "What is 2 + 3?"
+
+simple-demo: $(LIGHT)  ## the engine without a model: the built-in mock runner and tokenizer
+	@$(NANOVLLM) ask --runner mock --max-tokens 12 "hello world" "what can you do"
+
+ask: $(LIGHT)  ## make ask Q="What is the capital of Peru?"
+	@$(NANOVLLM) ask "$(or $(Q),What is the capital of Peru?)"
+
+test: $(DEV)  ## run the tests
+	$(RUN) -m pytest $(ARGS)
+
+test-slow: $(DEV)  ## every test, the slow ones too, with long Hypothesis searches; names what it skips
+	$(RUN) -m pytest -m "" -rs --hypothesis-profile=long $(ARGS)
+
+check: lint  ## lint, and the formatting
+	$(RUN) -m ruff format --check .
+
+lint: $(DEV)  ## ruff, and mypy --strict on the core (also: make vet)
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+vet: lint
+
+fmt: $(DEV)  ## format the code and mend what ruff can mend
+	$(RUN) -m ruff check --fix-only .
+	$(RUN) -m ruff format .
+
+bench: $(DEV)  ## run every benchmark in its quick form
+	@for script in benchmarks/*.py; do echo "== $$script"; $(RUN) $$script --quick $(ARGS) || exit 1; done
+
+build: $(DEV)  ## wheels and sdists of all distributions into dist/
+	rm -rf dist
+	@for project in . $(PLUGINS); do $(RUN) -m build --outdir dist $$project > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }; done
+	$(RUN) scripts/check_dist.py dist
+
+clean:  ## remove .venv and everything that was built or cached
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(RUN):
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+# One pip command each: only so does an extra of the root resolve to a plugin's directory and not to the index.
+$(LIGHT): $(PROJECTS) | $(RUN)
+	$(PIP) install -e '.[numpy]' $(PLUGINS:%=-e %)
+	@touch $@
+
+$(DEV): $(PROJECTS) requirements-dev.txt constraints.txt | $(RUN)
+	$(PIP) install -r requirements-dev.txt
+	@touch $(LIGHT) $@

@@ -1,0 +1,113 @@
+"""NumpyRunner: a checkpoint, a KV pool and the engine's border around `Model`.
+
+Knows no scheduler and no sampler. Logits agree with any other composition of the batch to float32
+rounding, not to the bit: BLAS chooses its kernels by the shape of the operands.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import numpy as np
+from nanovllm.batch import Packed, Paged, RunnerInfo
+from nanovllm.errors import ConfigError, ModelError
+from nanovllm.hookspecs import CacheOptions, Context
+from nanovllm.runner import LogitsRunner
+from nanovllm_models import Checkpoint, DecoderSpec, load_checkpoint
+from threadpoolctl import ThreadpoolController
+
+from .attention import KVPool
+from .model import Model
+from .ops import FloatArray
+
+DEFAULT_KV_BYTES = 2**30  # at most, where the configuration names neither a number of blocks nor bytes
+
+
+class NumpyRunner(LogitsRunner):
+    """Raises ModelError for a model that cannot be used, ConfigError for sizes that cannot be met."""
+
+    def __init__(self, ctx: Context) -> None:
+        if ctx.path is None:
+            raise ModelError(
+                f"Model directory not found: {ctx.model}",
+                hint="expected a directory with config.json and model.safetensors (or model.safetensors.index.json)",
+            )
+        checkpoint = load_checkpoint(ctx.path)
+        spec, block_size = checkpoint.spec, ctx.cache.block_size
+        max_model_len = ctx.max_model_len or spec.max_positions
+        if max_model_len > spec.max_positions:
+            raise ConfigError(
+                f"max_model_len is {max_model_len}, but {checkpoint.name} has {spec.max_positions} positions",
+                hint=f"set max_model_len to {spec.max_positions} or less",
+            )
+        num_blocks = _num_blocks(spec, ctx.cache, ctx.max_num_seqs, max_model_len)
+        self._model = Model(spec, checkpoint.weights, max_model_len)
+        shape = (num_blocks, block_size, spec.attention.num_kv_heads, spec.attention.head_size)
+        # zeros: the system hands out such pages when they are first written, so an unused pool costs nothing.
+        try:
+            self._pools = [
+                KVPool(np.zeros(shape, np.float32), np.zeros(shape, np.float32)) for _ in range(spec.num_layers)
+            ]
+        except (MemoryError, ValueError) as e:  # ValueError: more than an address can say
+            raise ConfigError(
+                f"the KV pool of {num_blocks} blocks does not fit in memory: {e}",
+                hint="lower cache.num_blocks or cache.memory",
+            ) from e
+        self._threads = ctx.threads
+        self._blas = ThreadpoolController()  # finding the loaded BLAS takes milliseconds: once
+        self._info = RunnerInfo(
+            vocab_size=spec.vocab_size,
+            max_model_len=max_model_len,
+            max_num_seqs=ctx.max_num_seqs,
+            kv=Paged(block_size, num_blocks),
+            eos_ids=checkpoint.eos_ids,
+            description=self._describe(checkpoint, num_blocks),
+        )
+
+    @property
+    def info(self) -> RunnerInfo:
+        return self._info
+
+    def forward(self, packed: Packed) -> FloatArray:
+        """Logits (R, vocab) float32 for `packed.rows`; K and V of all T tokens go into the pool."""
+        limited = self._blas.limit(limits=self._threads, user_api="blas") if self._threads else nullcontext()
+        # inf and NaN travel to the logits, where the sampler names the row that has them.
+        with limited, np.errstate(all="ignore"):
+            return self._model.forward(packed, self._pools)
+
+    def close(self) -> None:
+        self._pools = []
+
+    def _describe(self, checkpoint: Checkpoint, num_blocks: int) -> dict[str, object]:
+        blas = next((lib for lib in self._blas.info() if lib["user_api"] == "blas"), None)
+        return {
+            "model": checkpoint.name,
+            "architecture": checkpoint.spec.architecture,
+            "layers": checkpoint.spec.num_layers,
+            "parameters": checkpoint.num_parameters,
+            "dtype": f"{checkpoint.dtype} in the file, float32 in memory",
+            "weight_bytes": self._model.num_bytes,
+            "kv_bytes": sum(pool.k.nbytes + pool.v.nbytes for pool in self._pools),
+            "blocks": num_blocks,
+            "blas": f"{blas['internal_api']} {blas['version']}" if blas else "unknown",
+            "threads": self._threads or (blas["num_threads"] if blas else 1),
+        }
+
+
+def _num_blocks(spec: DecoderSpec, cache: CacheOptions, max_num_seqs: int, max_model_len: int) -> int:
+    """The pool's size: as configured, else for max_num_seqs full sequences but at most DEFAULT_KV_BYTES."""
+    if cache.num_blocks is not None:
+        return cache.num_blocks
+    attention = spec.attention
+    slot_bytes = 2 * spec.num_layers * attention.num_kv_heads * attention.head_size * 4  # K and V, float32
+    block_bytes = slot_bytes * cache.block_size
+    if cache.memory is not None:
+        if cache.memory < block_bytes:
+            raise ConfigError(
+                f"cache.memory is {cache.memory:,} bytes, but one block of {cache.block_size} tokens takes "
+                f"{block_bytes:,} in this model",
+                hint=f"set cache.memory to at least {block_bytes:,} or lower cache.block_size",
+            )
+        return cache.memory // block_bytes
+    blocks_per_seq = -(-max_model_len // cache.block_size)
+    return max(1, min(max_num_seqs * blocks_per_seq, DEFAULT_KV_BYTES // block_bytes))
