@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
+
 from nanovllm_models.config import Config
 from nanovllm_models.registry import find_family
-from safetensors.numpy import save_file
 
 LLAMA = {
     "model_type": "llama",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
 from nanovllm.batch import Batch, Sampling, ScheduledSeq
 from nanovllm.hookspecs import CacheOptions, Context
 from nanovllm.request import SamplingParams
@@ -16,16 +17,16 @@ GREEDY = Sampling(SamplingParams(temperature=0), (), frozenset(), 0, 0, True)
 
 
 def make_runner(path: Path, *, block_size: int = 4, num_blocks: int | None = 64, **overrides) -> NumpyRunner:
-    ctx = dict(
-        options=None,
-        model=str(path),
-        path=path,
-        cache=CacheOptions(block_size=block_size, num_blocks=num_blocks),
-        max_num_seqs=8,
-        max_num_batched_tokens=256,
-        max_model_len=None,
-        threads=None,
-    )
+    ctx = {
+        "options": None,
+        "model": str(path),
+        "path": path if path.exists() else None,
+        "cache": CacheOptions(block_size=block_size, num_blocks=num_blocks),
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 256,
+        "max_model_len": None,
+        "threads": None,
+    }
     return plugin.create_runner(Context(**(ctx | overrides)))
 
 
@@ -50,9 +51,7 @@ class Driver:
             table[lane, : len(blocks)] = blocks[:width]
             context = np.array(tokens, np.int32)
             seqs.append(
-                ScheduledSeq(
-                    lane, lane, context, len(tokens), start, stop, num_logits, table[lane], GREEDY, None
-                )
+                ScheduledSeq(lane, lane, context, len(tokens), start, stop, num_logits, table[lane], GREEDY, None)
             )
         return self.runner.forward(Batch(tuple(seqs), table, self.block_size).packed)
 

@@ -157,6 +157,13 @@ def test_min_tokens_puts_off_every_kind_of_end() -> None:
     assert answers.of(by_text).text == "hello"
 
 
+def test_a_stop_id_counts_only_after_min_tokens_also_where_nobody_masks_it() -> None:
+    engine = make_engine(RemoteRunner([SeqOutput((EOS,)) for _ in range(5)]))
+    ticket = ask(engine, PROMPT, greedy(5, ignore_eos=False, min_tokens=2))
+    done = drive(engine).of(ticket)
+    assert (done.token_ids, done.finish) == ((EOS,) * 3, Finish.STOP)
+
+
 def test_the_models_length_is_an_end() -> None:
     engine = make_engine(MockRunner(max_model_len=32))
     ticket = ask(engine, PROMPT, greedy(None))
@@ -230,14 +237,26 @@ def test_held_back_text_comes_when_the_answer_ends_otherwise() -> None:
     assert drive(engine).of(ticket).text == "abEN"
 
 
+def test_an_abort_gives_what_was_held_back() -> None:
+    engine = make_engine(RemoteRunner([SeqOutput(tuple("abEN€".encode()[:-1]))]), ByteTokenizer())
+    ticket = ask(engine, "x", greedy(50, stop="END"))
+    answers = Answers()
+    answers.take(engine.step())
+    assert answers.deltas[ticket.request_id, 0][0].text == "ab"
+    engine.abort(ticket.request_id)
+    assert drive(engine, answers).of(ticket).text == "abEN\ufffd"
+
+
 def test_tokens_after_an_end_in_the_same_step_do_not_count() -> None:
-    outputs = [SeqOutput(tuple(b"abcdef")), SeqOutput(tuple(b"ghi"))]
+    logprobs = tuple(TokenLogprob(i, -1.0, 1, ()) for i in b"abcdef")
+    outputs = [SeqOutput(tuple(b"abcdef"), logprobs=logprobs), SeqOutput(tuple(b"ghi"), logprobs=logprobs[:3])]
     engine = make_engine(RemoteRunner(outputs, outputs, outputs), ByteTokenizer())
-    by_length = ask(engine, "x", greedy(2))
+    by_length = ask(engine, "x", greedy(2, logprobs=0))
     by_id = ask(engine, "x", greedy(100, stop_token_ids=[ord("d")]))
     by_text = ask(engine, "x", greedy(100, stop=["eg", "fg"]))
     answers = drive(engine)
     assert (answers.of(by_length).text, answers.of(by_length).token_ids) == ("ab", tuple(b"ab"))
+    assert answers.of(by_length).logprobs == logprobs[:2]
     assert (answers.of(by_id).text, answers.of(by_id).token_ids) == ("abc", tuple(b"abcd"))
     assert (answers.of(by_text).text, answers.of(by_text).token_ids) == ("abcde", tuple(b"abcdefg"))
 

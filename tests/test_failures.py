@@ -117,6 +117,17 @@ def test_the_blocks_of_a_failed_sequence_are_shared_with_nobody() -> None:
     assert answers.ids(again) == expected(prompt, 8)
 
 
+def test_the_blocks_of_a_failed_step_are_shared_with_nobody() -> None:
+    prompt = PROMPT[:16]
+    engine = make_engine(MockRunner(block_size=4, script=Script(fail_steps=[3])))
+    bad = ask(engine, prompt)
+    assert len(drive(engine).of(bad).token_ids) == 2, "its blocks were sealed before it failed"
+    again = ask(engine, prompt)
+    answers = drive(engine)
+    assert answers.of(again).stats.num_cached_tokens == 0
+    assert answers.ids(again) == expected(prompt, 8)
+
+
 def test_a_sampler_that_raises_for_one_row_ends_that_sequence(caplog: pytest.LogCaptureFixture) -> None:
     engine = make_engine(sampler=FailingSampler(first_token=77))
     bad = ask(engine, [77, 5], SamplingParams(temperature=1.0, logprobs=2))
@@ -149,10 +160,12 @@ def test_a_token_that_is_none_ends_that_sequence(token: Any) -> None:
 
 
 def test_a_remote_error_ends_that_sequence() -> None:
-    engine = make_engine(RemoteRunner([SeqOutput((5,)), SeqOutput(error="gone")], [SeqOutput((5,), Finish.STOP)]))
-    bad, good = ask(engine, PROMPT), ask(engine, PROMPT)
+    outputs = [SeqOutput((5,)), SeqOutput(error="gone")], [SeqOutput((5,), Finish.STOP)], [SeqOutput((), Finish.ERROR)]
+    engine = make_engine(RemoteRunner(*outputs))
+    bad, good, silent = (ask(engine, PROMPT) for _ in range(3))
     answers = drive(engine)
     assert (answers.of(bad).error, answers.of(bad).token_ids) == ("gone", (5,))
+    assert "without a reason" in (answers.of(silent).error or "")
     assert answers.ids(good) == [5]
 
 
@@ -440,7 +453,9 @@ def test_an_interrupt_anywhere_leaves_an_engine_that_works(place: str, num_steps
         done = answers.of(ticket)
         assert answers.has_ended(ticket)
         assert done.finish is Finish.ERROR or list(done.token_ids) == expected(prompt, 8)
+    seen = {seq_id for step in runner.steps for seq_id in step}
     assert len(runner.released) == len(set(runner.released))
+    assert set(runner.released) >= seen, "the runner was not told that a sequence has left"
     again = [ask(engine, p) for p in OTHERS]
     answers = drive(engine)
     assert [answers.ids(t) for t in again] == [expected(p, 8) for p in OTHERS]
@@ -517,6 +532,19 @@ def test_close_ends_what_lives_even_if_the_runner_cannot() -> None:
     engine.close()
     with pytest.raises(EngineClosed):
         engine.step()
+
+
+def test_close_closes_the_runner_even_if_it_is_interrupted() -> None:
+    runner = SpyRunner()
+    engine = make_engine(runner)
+    ask(engine, PROMPT)
+    engine.step()
+    interrupt_once(engine.scheduler, "remove")
+    with pytest.raises(KeyboardInterrupt):
+        engine.close()
+    assert runner.num_closed == 1
+    engine.close()
+    assert runner.num_closed == 1
 
 
 def test_errors_of_ours_are_runner_errors_with_their_own_text() -> None:

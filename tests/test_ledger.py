@@ -29,7 +29,7 @@ class Row(NamedTuple):
 
 
 def rows() -> list[Row]:
-    lines = [line for line in LEDGER.read_text(encoding="utf-8").splitlines() if re.match(r"\| [A-Z]\d", line)]
+    lines = [line for line in LEDGER.read_text(encoding="utf-8").splitlines() if re.match(r"\| [A-Z][\d-]", line)]
     return [Row(*(cell.strip() for cell in line[1:-1].split("|"))) for line in lines]
 
 
@@ -60,10 +60,14 @@ def test_what_a_row_names_exists(row: Row) -> None:
 
 @lru_cache
 def names_in(file: str) -> frozenset[str]:
-    """The functions and classes at the top of a Python file."""
+    """What the top of a Python file defines: functions, classes, and `TestX = X.TestCase`."""
     tree = ast.parse((REPO / file).read_text(encoding="utf-8"))
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    return frozenset(node.name for node in tree.body if isinstance(node, kinds))
+    defined = [node.name for node in tree.body if isinstance(node, kinds)]
+    assigned = [
+        t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)
+    ]
+    return frozenset(name for name in (*defined, *assigned) if name.lower().startswith("test"))
 
 
 def test_no_row_is_listed_twice() -> None:

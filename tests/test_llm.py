@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine_support import EOS, SpyRunner, assert_idle, greedy, wanted
+from engine_support import EOS, RemoteRunner, SpyRunner, assert_idle, greedy, wanted
 from nanovllm import LLM, EngineClosed, EngineDead, Finish, Output, Request, RequestError, RequestFailed, SamplingParams
+from nanovllm.batch import Batch, SeqOutput
 from nanovllm.builtin.mock import MockRunner, Script, expected
 from nanovllm.builtin.simple_bpe import SimpleBPETokenizer
 
@@ -52,10 +53,8 @@ def test_outputs_come_in_prompt_order() -> None:
         np.array(TOKENIZER.encode("hello world")),
         [np.array(TOKENIZER.encode("hello world"), np.uint8)],
         list(np.array(TOKENIZER.encode("hello world"))),
-        Request(prompt="hello world", params=greedy(5)),
-        [Request(prompt=TOKENIZER.encode("hello world"), params=greedy(5))],
     ],
-    ids=lambda p: f"{type(p).__name__} of {type(p[0]).__name__}" if not isinstance(p, (str, Request)) else None,
+    ids=lambda p: f"{type(p).__name__} of {type(p[0]).__name__}",
 )
 def test_a_prompt_comes_in_many_shapes(prompts: Any) -> None:
     with make_llm() as llm:
@@ -65,11 +64,22 @@ def test_a_prompt_comes_in_many_shapes(prompts: Any) -> None:
 
 def test_shapes_may_be_mixed() -> None:
     with make_llm() as llm:
-        mixed = ["hello", TOKENIZER.encode("hello"), [{"role": "user", "content": "hello"}], Request(prompt="hello")]
-        outputs = llm.generate(mixed, greedy(4, ignore_eos=False))
-        assert outputs[0].token_ids == outputs[1].token_ids == answer("hello", greedy(4, ignore_eos=False))
+        outputs = llm.generate(["hello", TOKENIZER.encode("hello"), [{"role": "user", "content": "hello"}]], greedy())
+        assert outputs[0].token_ids == outputs[1].token_ids == answer("hello")
         assert list(outputs[2].prompt_token_ids) == TOKENIZER.encode("User: hello\nAssistant:")
-        assert len(outputs[3].token_ids) > 4  # a Request brings its own params
+
+
+def test_a_request_brings_its_own_params() -> None:
+    with make_llm() as llm:
+        requests = [Request(prompt="hello", params=greedy(3)), Request(prompt="world", params=greedy(5), n=2)]
+        outputs = llm.generate(requests)
+        assert [o.token_ids for o in outputs] == [answer("hello", greedy(3)), answer("world", greedy(5))]
+        assert len(outputs[1].completions) == 2
+        assert llm.generate(requests[0])[0].token_ids == answer("hello", greedy(3))
+        with pytest.raises(RequestError, match="brings its own"):
+            llm.generate(requests, greedy())
+        with pytest.raises(RequestError, match="brings its own"):
+            llm.generate(requests, n=2)
 
 
 def test_chat_takes_one_conversation_or_many() -> None:
@@ -118,7 +128,7 @@ def test_all_prompts_are_refused_if_one_is_impossible() -> None:
         for call in (llm.generate, llm.stream):
             with pytest.raises(RequestError, match="prompt 2 of 3: the prompt is empty"):
                 call(["hello", "world", ""], greedy())
-        with pytest.raises(RequestError, match="^the prompt is empty"):
+        with pytest.raises(RequestError, match=r"^the prompt is empty"):
             llm.generate("", greedy())
         assert not runner.steps
         assert llm.stats().num_requests == 0
@@ -141,7 +151,7 @@ def test_a_failed_request_does_not_lose_the_others_outputs() -> None:
         assert [outputs[0].token_ids, outputs[2].token_ids] == [answer("hello"), answer("world")]
         # A stream gives what the others have to say first.
         seen: dict[int, list[int]] = {}
-        with pytest.raises(RequestFailed):
+        with pytest.raises(RequestFailed):  # noqa: PT012
             for delta in llm.stream(["hello", [POISON], "world"], greedy()):
                 seen.setdefault(delta.prompt_index, []).extend(delta.token_ids)
         assert seen == {0: answer("hello"), 2: answer("world")}
@@ -149,7 +159,7 @@ def test_a_failed_request_does_not_lose_the_others_outputs() -> None:
 
 def test_a_dead_engine_says_so() -> None:
     with make_llm(MockRunner(script=Script(dead_step=1))) as llm:
-        with pytest.raises(RequestFailed, match="the runner died|the runner failed"):
+        with pytest.raises(RequestFailed, match=r"the runner died|the runner failed"):
             llm.generate("hello", greedy())
         with pytest.raises(EngineDead):
             llm.generate("hello", greedy())
@@ -329,25 +339,74 @@ def test_many_threads_may_call_at_once() -> None:
 
 
 def test_a_thread_that_steps_shuts_out_no_other() -> None:
-    """The short request is done long before the long one, not whenever the lock happens to be free."""
-    ended: dict[str, int] = {}
+    """Ten short calls take a few steps each while another thread steps without a pause; counted, not timed."""
     with make_llm(MockRunner(script=Script(delay=0.001)), max_num_seqs=4) as llm:
-
-        def work(name: str, num: int) -> None:
-            llm.generate("hello", greedy(num))
-            ended[name] = llm.stats().num_steps
-
-        long = threading.Thread(target=work, args=("long", 400))
+        long = threading.Thread(target=llm.generate, args=("hello", greedy(3000)))
         long.start()
-        while llm.stats().num_steps < 10:
+        while llm.stats().num_steps < 5:
             time.sleep(0.001)
-        joined = llm.stats().num_steps
-        short = threading.Thread(target=work, args=("short", 5))
-        short.start()
-        short.join(60)
-        long.join(60)
-    assert ended["short"] - joined < 50
-    assert ended["long"] >= 400
+        before = llm.stats().num_steps
+        for _ in range(10):
+            assert llm.generate("world", greedy(1))[0].token_ids == answer("world", greedy(1))
+        assert llm.stats().num_steps - before <= 60
+        llm.close()
+        long.join(30)
+        assert not long.is_alive()
+
+
+class BlockingRunner(RemoteRunner):
+    """A remote runner whose steps wait for an event that never comes; only `wake` ends them."""
+
+    def __init__(self) -> None:
+        super().__init__(vocab_size=125)
+        self.woken = threading.Event()
+        self.num_steps = 0
+
+    def execute(self, batch: Batch) -> list[SeqOutput]:
+        self.num_steps += 1
+        # A request of one token is answered at once, all others never.
+        if all(s.sampling.params.max_tokens != 1 for s in batch.seqs):
+            assert self.woken.wait(5), "nobody woke a blocked step"
+            self.woken.clear()
+        return [SeqOutput((5,)) if s.sampling.params.max_tokens == 1 else SeqOutput() for s in batch.seqs]
+
+    def wake(self) -> None:
+        self.woken.set()
+
+
+class SlowLock:
+    """A lock whose waiters are slow to notice that it is free, as locks are on a busy machine."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self.release = self._lock.release
+
+    def acquire(self) -> None:
+        while not self._lock.acquire(blocking=False):
+            time.sleep(0.002)
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+
+def test_a_step_that_waits_for_a_remote_shuts_out_nobody() -> None:
+    runner = BlockingRunner()
+    llm = LLM.from_components(runner, SimpleBPETokenizer())
+    llm._lock = SlowLock()  # type: ignore[assignment]
+    outputs: list[Output] = []
+    waiting = threading.Thread(target=lambda: outputs.extend(llm.generate("hello", greedy(50))))
+    waiting.start()
+    while not runner.num_steps:
+        time.sleep(0.001)
+    for _ in range(5):
+        assert llm.generate("world", greedy(1))[0].token_ids == [5]
+    llm.close()
+    waiting.join(30)
+    assert not waiting.is_alive()
+    assert [o.finish for o in outputs] == [Finish.ABORT]
 
 
 def test_closing_from_another_thread_ends_a_generate() -> None:

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from models_support import GPT2, LLAMA, QWEN2_WINDOW, QWEN3, write_checkpoint
 from nanovllm_runner_numpy import attention
 from numpy_support import Driver, make_runner
 
 MODELS = {"gpt2": GPT2, "llama": LLAMA, "qwen2-window": QWEN2_WINDOW, "qwen3": QWEN3}
-ROUNDING = dict(rtol=0, atol=2e-5)
+ROUNDING = {"rtol": 0, "atol": 2e-5}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -55,7 +56,7 @@ def test_random_programs_equal_each_sequence_alone(runner, data):
     driver = Driver(runner, np.random.default_rng(data.draw(st.integers(0, 99))).permutation(200).tolist())
     done = [0] * len(texts)
     rows: list[list[np.ndarray]] = [[] for _ in texts]
-    while any(d < len(t) for d, t in zip(done, texts)):
+    while any(d < len(t) for d, t in zip(done, texts, strict=True)):
         work = []
         for lane, text in enumerate(texts):
             left = len(text) - done[lane]
@@ -68,11 +69,11 @@ def test_random_programs_equal_each_sequence_alone(runner, data):
         out = driver.step(*work)
         at = 0
         for lane, _, _, stop, wanted in work:
-            rows[lane] += list(zip(range(stop - wanted, stop), out[at : at + wanted]))
+            rows[lane] += list(zip(range(stop - wanted, stop), out[at : at + wanted], strict=True))
             at += wanted
         assert at == len(out)
     fill(runner, 0)
-    for text, got in zip(texts, rows):
+    for text, got in zip(texts, rows, strict=True):
         alone = Driver(runner).logits(text)
         for position, row in got:
             np.testing.assert_allclose(row, alone[position], **ROUNDING)
@@ -125,6 +126,4 @@ def test_no_rows_wanted_computes_the_cache_all_the_same(runner):
     tokens = prompt(20)
     driver = Driver(runner)
     assert driver.step((0, tokens, 0, 19, 0)).shape == (0, runner.info.vocab_size)
-    np.testing.assert_allclose(
-        driver.step((0, tokens, 19, 20, 1))[0], Driver(runner).logits(tokens)[-1], **ROUNDING
-    )
+    np.testing.assert_allclose(driver.step((0, tokens, 19, 20, 1))[0], Driver(runner).logits(tokens)[-1], **ROUNDING)

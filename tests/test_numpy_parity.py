@@ -6,60 +6,65 @@ import json
 
 import numpy as np
 import pytest
+
 from numpy_support import Driver, make_runner
 
 torch = pytest.importorskip("torch", reason="the oracle: pip install torch transformers")
 transformers = pytest.importorskip("transformers", reason="the oracle: pip install torch transformers")
 
-LLAMA = dict(
-    vocab_size=97,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    initializer_range=0.3,
-)
-GPT2 = dict(vocab_size=97, n_positions=64, n_embd=48, n_layer=2, n_head=4, initializer_range=0.3)
-QWEN3 = LLAMA | dict(head_dim=16)
-WINDOW = dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)
-FACTORS = dict(short_factor=[1.0, 1.1, 1.5, 2.0], long_factor=[1.0, 3.0, 6.0, 9.0])
+LLAMA = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
+GPT2 = {"vocab_size": 97, "n_positions": 64, "n_embd": 48, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
+QWEN3 = LLAMA | {"head_dim": 16}
+WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+FACTORS = {"short_factor": [1.0, 1.1, 1.5, 2.0], "long_factor": [1.0, 3.0, 6.0, 9.0]}
 
 MODELS = {
     "gpt2": ("GPT2", GPT2),
-    "gpt2-untied-exact-gelu": ("GPT2", GPT2 | dict(tie_word_embeddings=False, activation_function="gelu", n_inner=56)),
-    "gpt2-unscaled-relu": ("GPT2", GPT2 | dict(scale_attn_weights=False, activation_function="relu")),
+    "gpt2-untied-exact-gelu": (
+        "GPT2",
+        GPT2 | {"tie_word_embeddings": False, "activation_function": "gelu", "n_inner": 56},
+    ),
+    "gpt2-unscaled-relu": ("GPT2", GPT2 | {"scale_attn_weights": False, "activation_function": "relu"}),
     "llama": ("Llama", LLAMA),
-    "llama-tied-mha": ("Llama", LLAMA | dict(tie_word_embeddings=True, num_key_value_heads=6)),
-    "llama-biases-head-dim": ("Llama", LLAMA | dict(attention_bias=True, mlp_bias=True, head_dim=12)),
-    "llama-mqa-gelu": ("Llama", LLAMA | dict(num_key_value_heads=1, hidden_act="gelu_pytorch_tanh")),
+    "llama-tied-mha": ("Llama", LLAMA | {"tie_word_embeddings": True, "num_key_value_heads": 6}),
+    "llama-biases-head-dim": ("Llama", LLAMA | {"attention_bias": True, "mlp_bias": True, "head_dim": 12}),
+    "llama-mqa-gelu": ("Llama", LLAMA | {"num_key_value_heads": 1, "hidden_act": "gelu_pytorch_tanh"}),
     "qwen2": ("Qwen2", LLAMA),
-    "qwen2-tied-window": ("Qwen2", LLAMA | WINDOW | dict(tie_word_embeddings=True)),
+    "qwen2-tied-window": ("Qwen2", LLAMA | WINDOW | {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", QWEN3),
-    "qwen3-tied-bias-window": ("Qwen3", QWEN3 | WINDOW | dict(tie_word_embeddings=True, attention_bias=True)),
+    "qwen3-tied-bias-window": ("Qwen3", QWEN3 | WINDOW | {"tie_word_embeddings": True, "attention_bias": True}),
 }
 # Each with the max_model_len under which our fixed rotation is the one that transformers uses for 60 tokens.
 ROPES = {
-    "default": (dict(rope_type="default"), None),
-    "theta": (dict(rope_type="default", rope_theta=500.0), None),
-    "linear": (dict(rope_type="linear", factor=4.0), None),
-    "dynamic-short": (dict(rope_type="dynamic", factor=4.0), 64),
-    "dynamic-long": (dict(rope_type="dynamic", factor=4.0, max_position_embeddings=32), 60),
-    "yarn": (dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16), None),
+    "default": ({"rope_type": "default"}, None),
+    "theta": ({"rope_type": "default", "rope_theta": 500.0}, None),
+    "linear": ({"rope_type": "linear", "factor": 4.0}, None),
+    "dynamic-short": ({"rope_type": "dynamic", "factor": 4.0}, 64),
+    "dynamic-long": ({"rope_type": "dynamic", "factor": 4.0, "max_position_embeddings": 32}, 60),
+    "yarn": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, None),
     "yarn-options": (
-        dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=16, beta_fast=16.0, beta_slow=2.0,
-             mscale=0.7, mscale_all_dim=0.4, truncate=False),
+        {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "beta_fast": 16.0,
+        "beta_slow": 2.0,
+             "mscale": 0.7, "mscale_all_dim": 0.4, "truncate": False},
         None,
     ),
     "yarn-attention-factor": (
-        dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=32, attention_factor=1.3), None
+        {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "attention_factor": 1.3}, None
     ),
     "longrope-short": (dict(rope_type="longrope", factor=4.0, original_max_position_embeddings=60, **FACTORS), 60),
     "longrope-long": (dict(rope_type="longrope", factor=4.0, original_max_position_embeddings=16, **FACTORS), None),
     "llama3": (
-        dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-             original_max_position_embeddings=32),
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+             "original_max_position_embeddings": 32},
         None,
     ),
 }  # fmt: skip

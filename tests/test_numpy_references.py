@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+
 from numpy_support import Driver, make_runner
 from support import DATA, needs_data
 

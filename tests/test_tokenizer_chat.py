@@ -402,7 +402,7 @@ def test_the_plugin_finds_the_files(tmp_path):
     assert says(context(model / "model.onnx", chat_template=str(tmp_path / "mine.jinja"))) == "<s>mine"
     assert says(context(model, tokenizer_path=other)) == "<s>other"
     assert says(context(model, tokenizer_path=other / "tokenizer.json")) == "<s>other"
-    assert says(context(None, path=str(other))) == "<s>other"
+    assert says(context(None, tokenizer_path=other)) == "<s>other"
     with pytest.raises(TokenizerError, match=r"some-model.*tokenizer\.path"):
         plugin.create_tokenizer(context(None))
     with pytest.raises(TokenizerError, match=r"cannot read .*gone\.jinja"):
@@ -414,5 +414,5 @@ def test_options_are_strict():
     with pytest.raises(ValueError, match="paht"):
         options(paht="x")
     with pytest.raises(ValueError, match="frozen"):
-        options().path = "x"
+        options().chat_template = "x"
     assert plugin.api_version == 1

@@ -249,6 +249,22 @@ def test_special_and_undefined_ids_have_no_bytes():
     assert t.vocab_size == library.get_vocab_size()
 
 
+def test_an_added_word_keeps_the_space_that_its_id_stands_for():
+    t, library = OURS["llama_like"], LIBRARY["llama_like"]
+    i = library.token_to_id("wordish")
+    assert t.token_bytes(i) == b" wordish"
+    assert t.decode([*library.encode("hello").ids, i]) == " hello wordish"
+
+
+def test_a_character_flagged_special_stays_a_character():
+    library = byte_level()
+    library.add_special_tokens(["!"])  # as padding, in some files
+    t = ours(library)
+    i = library.token_to_id("!")
+    assert t.encode("hello!") == t.encode("hello!", parse_special=True) == library.encode("hello!").ids
+    assert t.encode("hello!")[-1] == i
+
+
 @pytest.mark.parametrize(
     ("decoder", "named"),
     [
@@ -374,7 +390,7 @@ junk = st.one_of(
 )  # fmt: skip
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=int(__import__("os").environ.get("NX","200")))
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=200)
 @given(kinds, st.data())
 def test_a_mutated_tokenizer_json_works_or_gives_a_typed_error(kind, data):
     spec = copy.deepcopy(SPECS[kind])

@@ -190,11 +190,16 @@ class AsyncLLM:
             self._is_closing = True
             self._wanted.notify()
         self.engine.wake()
-        await asyncio.get_running_loop().run_in_executor(None, self._thread.join, CLOSE_SECONDS)
+        await asyncio.get_running_loop().run_in_executor(None, self._join)
         if self._thread.is_alive():
             log.error("a step has not ended after %.0f s; its thread is left behind", CLOSE_SECONDS)
             self._crash = "the engine was closed while a step hung"
             self._fail_all(EngineClosed(self._crash))
+
+    def _join(self) -> None:
+        self._thread.join(CLOSE_SECONDS)
+        if not self._thread.is_alive():
+            self.engine.close()  # the thread's last act, unless it crashed
 
     async def __aenter__(self) -> AsyncLLM:
         return self
@@ -238,8 +243,6 @@ class AsyncLLM:
             with self._wanted:
                 self._crash = f"the engine thread ended: {type(e).__name__}: {e}"
             self._fail_all(EngineDead(self._crash, hint="restart it"))
-            with suppress(Exception):
-                engine.close()
 
     def _accept(self, ticket: Ticket) -> None:
         try:

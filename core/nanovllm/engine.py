@@ -213,8 +213,8 @@ class Engine:
         """Append what arrived, turn it into text, decide whether this is the end."""
         if out.prompt_logprobs:
             seq.prompt_logprobs += out.prompt_logprobs
-        if out.error is not None:
-            self._finish(seq, Finish.ERROR, error=out.error)
+        if out.error is not None or out.finish is Finish.ERROR:
+            self._finish(seq, Finish.ERROR, error=out.error or "the runner gave up on it without a reason")
         elif out.tokens or out.text or out.finish is not None:
             try:
                 text, num_accepted, finish = self._accept(seq, out, now)
@@ -339,8 +339,9 @@ class Engine:
     def _recover(self) -> None:
         """State may be half changed: fail what is live and start over with an empty pool."""
         log.error("a step was interrupted in its bookkeeping; every live request fails")
-        held, self.scheduler = self.scheduler.running, self._new_scheduler()
-        for seq in held:
+        old, self.scheduler = self.scheduler, self._new_scheduler()
+        self.scheduler.num_preemptions, self.scheduler.num_cached_tokens = old.num_preemptions, old.num_cached_tokens
+        for seq in old.running:
             if seq.lane is not None:
                 self._on_release(seq.seq_id, seq.lane)
                 seq.lane = None

@@ -123,7 +123,8 @@ class Intake:
 
     def _encode(self, request: Request) -> list[int]:
         prompt: Any = request.prompt
-        if isinstance(prompt, (str, list, tuple, np.ndarray)) and len(prompt) == 0:
+        is_array = isinstance(prompt, np.ndarray)
+        if (is_array and prompt.size == 0) or (isinstance(prompt, (str, list, tuple)) and not prompt):
             raise RequestError("the prompt is empty", hint="give it at least one character or token")
         if isinstance(prompt, str):
             try:
@@ -137,19 +138,21 @@ class Intake:
             if self.tokenizer is None:
                 return []
             ids = self.tokenizer.chat(prompt)
-        elif isinstance(prompt, np.ndarray) and prompt.ndim == 1 and prompt.dtype.kind in "iu":
+        elif is_array and prompt.ndim == 1 and prompt.dtype.kind in "iu":
             ids = prompt.tolist()
         elif isinstance(prompt, (list, tuple)):
-            for token in prompt:
+            for i, token in enumerate(prompt):
                 if type(token) is not int and not isinstance(token, np.integer):
-                    raise RequestError(f"a prompt of token ids holds whole numbers only, not {token!r:.40}")
+                    raise RequestError(
+                        f"a prompt of token ids holds whole numbers only; prompt[{i}] is a {type(token).__name__}"
+                    )
             ids = [int(t) for t in prompt]
         else:
             raise RequestError(f"a prompt is text, token ids or chat messages, not {type(prompt).__name__}")
         if not ids:
             raise RequestError("the prompt has no tokens", hint="give it at least one character or token")
-        if min(ids) < 0 or max(ids) >= 2**31:
-            raise RequestError(f"the prompt holds a token id between {min(ids)} and {max(ids)} that no vocabulary has")
+        if (wrong := next((i for i, token in enumerate(ids) if not 0 <= token < 2**31), None)) is not None:
+            raise RequestError(f"prompt[{wrong}] is negative or at least 2**31, so it is no vocabulary's token id")
         return ids
 
     def _check_length(self, num_prompt: int, params: SamplingParams) -> None:

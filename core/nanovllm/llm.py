@@ -69,7 +69,7 @@ class LLM:
         self.engine = engine
         self.components = components  # what the configuration led to; None if built from components
         self._lock = threading.RLock()  # held while the engine is called
-        self._door = threading.Lock()  # held by the one thread that waits for the lock next
+        self._door = threading.RLock()  # held by the one thread that waits for the lock next
         self._mail: dict[int, list[Delta]] = {}  # request_id -> deltas not read yet
 
     # ------------------------------------------------------------------------------------- calls
@@ -164,7 +164,7 @@ class LLM:
 
     def close(self) -> None:
         """Abort what runs and free the model. Safe to call twice; any other call raises EngineClosed."""
-        with self._lock:
+        with self._turn(wake=True):
             self.engine.close()
             self._sort(self.engine.take_deltas())
 
@@ -192,8 +192,7 @@ class LLM:
         """Accept these requests and step until all have ended; leaving early aborts the rest."""
         missing = {t.request_id: len(t.sequences) for t in tickets}  # completions not ended yet
         try:
-            self.engine.wake()
-            with self._turn():
+            with self._turn(wake=True):
                 for ticket in tickets:
                     self._mail[ticket.request_id] = []
                     self.engine.add(ticket)
@@ -209,16 +208,24 @@ class LLM:
                 missing = {i: count for i, count in missing.items() if count}
                 yield deltas
         finally:
-            with self._lock:
-                for ticket in tickets:
-                    self.engine.abort(ticket.request_id)
-                    self._mail.pop(ticket.request_id, None)
-                self._sort(self.engine.take_deltas())
+            if missing:
+                self.engine.wake()
+                with self._lock:  # no turn is awaited here: the garbage collector may run this inside a step
+                    for request_id in missing:
+                        self.engine.abort(request_id)
+                    self._sort(self.engine.take_deltas())
+            for ticket in tickets:
+                self._mail.pop(ticket.request_id, None)
 
     @contextmanager
-    def _turn(self) -> Generator[None, None, None]:
-        """The lock, in fair order: without a door, the thread that steps would shut the others out."""
+    def _turn(self, *, wake: bool = False) -> Generator[None, None, None]:
+        """The lock, in order of arrival: a thread that steps queues like the others before it steps again.
+
+        `wake`: a step of another thread may be blocked until something arrives; have it return.
+        """
         with self._door:
+            if wake:
+                self.engine.wake()
             self._lock.acquire()
         try:
             yield
@@ -278,10 +285,12 @@ def _requests(
     each: Sequence[Any] = [prompts] if is_one else prompts  # type: ignore[assignment]
     if params is None or isinstance(params, SamplingParams):
         chosen: Sequence[SamplingParams | None] = [params] * len(each)
+    elif not isinstance(params, (list, tuple)):
+        raise RequestError(f"params must be SamplingParams or a list of them, not {type(params).__name__}")
+    elif len(params) != len(each):
+        raise RequestError(f"there are {len(each)} prompts but {len(params)} params")
     else:
         chosen = params
-        if len(chosen) != len(each):
-            raise RequestError(f"there are {len(each)} prompts but {len(chosen)} params")
     return [as_request(prompt, p, options) for prompt, p in zip(each, chosen, strict=True)]
 
 

@@ -162,6 +162,30 @@ _FORWARD_SHORT = [
     "What is the {n} of {c}? Answer with one word.", "What is the {n} of {c}? Short answer.",
     "Give me only the name of {c}'s {n}.", "One word: {c}'s {n}?",
 ]  # fmt: skip
+# Phrasings with words drawn at random ({w} any word, {v} a phrase for "is"): they teach that
+# the words around the country do not matter.
+_FORWARD_NOISY = [
+    "Which city {v} the {n} of {c}?", "What city {v} {c}'s {n}?", "In {c}, which city {v} the {n}?",
+    "What {v} the {n} of {c}?", "Which town {v} the {n} of {c}?", "The {n} of {c} {v} which city?",
+    "In the {w} of {c}, which city {v} the {n}?", "With a {w} in {c}, what city {v} the {n}?",
+    "From the {w} of {c}: which city {v} its {n}?", "At the {w} in {c}, which place {v} the {n}?",
+    "What is the {w} {n} of {c}?", "What is the {w} {n} of the {w} {c}?", "{w} {n} {w} {c}?",
+    "{w} {w} the {n} of {c}", "{w} {c} {n} {w}", "My {w} wants the {n} of {c}.",
+    "My {w} is about the {n} of {c}, what is it?", "I need the {n} of {c} for my {w}.",
+    "The {w} needs the {n} of {c}, do you have it?", "A {w} looks for the {n} of {c}, any idea?",
+    "The {w} says {c}, so which city {v} the {n}?", "About {c} and the {w}: what is the {n}?",
+    "There is a {w} in {c}. What is the {n} there?", "Can a {w} find the {n} of {c}?",
+    "For a {w} I want the {n} of {c}, which city is it?", "This {w} has {c} in it, what is the {n}?",
+    "Do the {w} {w} know what the {n} of {c} {v}?", "My {w} and my {w} talk about the {n} of {c}.",
+    "Which {w} city is {c}'s {n}?", "Find me the {w} that {v} the {n} of {c}.", "{w}, {w}: {c}'s {n}?",
+    "Please {w} the {n} of {c}, can you?", "When I {w} in {c}, which city {v} the {n}?",
+]  # fmt: skip
+NOISY = 0.3  # the share of these among the questions
+_IS_PHRASES = [
+    "is", "is", "is", "has become", "acts as", "works as", "forms", "is known as", "counts as", "is called",
+    "is listed as", "was made", "is used as", "became", "plays the role of", "is said to be", "stands as",
+    "would be", "was chosen as", "holds the place of", "is taken for", "gives", "makes", "is thought of as",
+]  # fmt: skip
 HELD_OUT_FORWARD = [
     "Which city serves as the capital of {c}?",
     "Do you happen to know what the capital of {c} is called?",
@@ -180,6 +204,9 @@ _BACKWARD = [
     "What is {p}?", "Where is {p}?", "In which country is {p}?", "Which country is {p} in?",
     "The city {p} is the capital of which country?", "Which place has {p} as its capital city?",
     "Tell me about {p}.", "What do you know about {p}?", "Is {p} a capital?",
+    "I live in {p}, which country is that the capital of?", "{p} {v} the capital of which country?",
+    "We visit {p}, the capital of a {w} country, which one?", "My {w} is in {p}, the capital of what country?",
+    "Which {w} country has {p} as its {w} capital?", "Find the country that has {p} as capital.",
 ]  # fmt: skip
 HELD_OUT_BACKWARD = [
     "Name the country whose capital is {p}.",
@@ -495,6 +522,12 @@ def _vary(rng: random.Random, text: str, extras: bool = True) -> str:
     """The question as people type it: greetings around it, no question mark, other case."""
     if extras and rng.random() < 0.22:
         opener = rng.choice(_OPENERS)
+        if rng.random() < 0.25:
+            words = [rng.choice(_WORDS) for _ in range(rng.randint(1, 5))]
+            opener = (
+                " ".join([rng.choice(["I", "My", "The", "We", "This", "A", "You"]), *words]) + rng.choice(". ,:") + " "
+            )
+            opener = opener.replace("  ", " ")
         if opener.rstrip()[-1] in ",:" and not re.match(r"[A-Z]{2}|I\b", text):
             text = text[0].lower() + text[1:] if text.split(" ")[0] in _LOWERABLE else text
         text = opener + text
@@ -532,6 +565,8 @@ def _noun(rng: random.Random) -> str:
 
 def _fill(rng: random.Random, template: str, **slots: str) -> str:
     noun = _noun(rng)
+    template = re.sub(r"\{w\}", lambda _: rng.choice(_WORDS), template)
+    template = re.sub(r"\{v\}", lambda _: rng.choice(_IS_PHRASES), template)
     return _capitalise(template.format(n=noun, **slots))
 
 
@@ -578,7 +613,7 @@ class _Maker:
             template = rng.choice(_FORWARD_SHORT)
             question = _fill(rng, template, c=_spelling(rng, country))
             return _vary(rng, question, extras=False), f"{CAPITALS[country]}."
-        template = rng.choice(_FORWARD)
+        template = rng.choice(_FORWARD_NOISY if rng.random() < NOISY else _FORWARD)
         if template in ("{c}", "{c}?", "Now {c}.", "Next one: {c}.") and (
             country in CAPITALS.values() or display(country) in CAPITALS.values()
         ):
@@ -603,7 +638,7 @@ class _Maker:
     def unknown_country(self) -> tuple[str, str]:
         rng = self.rng
         name = rng.choice(_NO_COUNTRIES) if rng.random() < 0.08 else self.invented()
-        template = rng.choice(_FORWARD)
+        template = rng.choice(_FORWARD_NOISY if rng.random() < NOISY else _FORWARD)
         question = _vary(rng, _fill(rng, template, c=name))
         if template.startswith("{c}"):
             name = _capitalise(name)
@@ -633,7 +668,7 @@ class _Maker:
             b = rng.randint(0, a)
             result = a - b
         template = rng.choice(_SUM if plus else _DIFFERENCE)
-        words = rng.random() < 0.1 and not re.search(r"[-+]", template)
+        words = rng.random() < 0.05 and not re.search(r"[-+]", template)
         show: Callable[[int], str] = _NUMBER_WORDS.__getitem__ if words else str
         question = _vary(rng, _capitalise(template.format(a=show(a), b=show(b))), extras=False)
         if rng.random() < 0.1:
@@ -740,12 +775,12 @@ class _Maker:
         if draw < 0.16:
             return Document("completion", text=self.completion())
         kinds: list[tuple[float, str, Callable[[], tuple[str, str]]]] = [
-            (0.46, "forward", self.forward),
-            (0.11, "backward", self.backward),
+            (0.42, "forward", self.forward),
+            (0.12, "backward", self.backward),
             (0.04, "check", self.check),
             (0.15, "unknown", self.unknown_country),
             (0.02, "unknown city", self.unknown_city),
-            (0.13, "arithmetic", self.arithmetic),
+            (0.20, "arithmetic", self.arithmetic),
             (0.035, "small talk", self.small_talk),
             (0.065, "off topic", self.off_topic),
             (0.03, "story", self.story),

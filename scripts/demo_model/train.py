@@ -49,6 +49,8 @@ LONG_ROWS = (8, POSITIONS)
 PEAK_RATE = 4e-3
 USER_WEIGHT = 0.15  # of the loss on what the user says; what the model says weighs 1
 
+RESULT_WEIGHT = 4.0  # of the loss on the result of a sum
+
 END, USER, ASSISTANT, SYSTEM, PAD = SPECIAL = [
     "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|pad|>",
 ]  # fmt: skip
@@ -102,6 +104,8 @@ def encode_documents(tokenizer: Tokenizer, documents: list[Document]) -> list[tu
             ids += [role_ids[role], *turn, END_ID]
             # The role token follows from the harness, not from the model.
             weights += [USER_WEIGHT, *[own] * len(turn), own]
+        if document.kind == "arithmetic":
+            weights[-3] = RESULT_WEIGHT  # "... 12", ".", END
         result.append((ids, weights))
     return result
 

@@ -165,9 +165,7 @@ def _open_all(directory: Path) -> dict[str, Tensor]:
             tensors[name] = tensor
     lacking = sorted(weight_map.keys() - tensors.keys())
     if lacking:
-        raise ModelError(
-            f"{index_path} names {_some(lacking)}, which the shards lack", hint="download the model again"
-        )
+        raise ModelError(f"{index_path} names {_some(lacking)}, which the shards lack", hint="download the model again")
     return tensors
 
 
@@ -183,11 +181,11 @@ def _canonical(directory: Path, family: Family, spec: DecoderSpec, files: dict[s
     for template, modules in family.LAYOUT.items():
         for i in range(spec.num_layers if "{i}" in template else 1):
             stem = template.replace("{i}", str(i))
-            names = [m.replace("{i}", str(i)) for m in ((modules,) if isinstance(modules, str) else modules)]
+            parts = [m.replace("{i}", str(i)) for m in ((modules,) if isinstance(modules, str) else modules)]
             for kind in ("weight", "bias"):
-                if f"{names[0]}.{kind}" in shapes:
+                if f"{parts[0]}.{kind}" in shapes:
                     file_name = f"{stem.removeprefix(prefix) if bare else stem}.{kind}"
-                    expected[file_name] = tuple(f"{n}.{kind}" for n in names)
+                    expected[file_name] = tuple(f"{part}.{kind}" for part in parts)
                     if kind == "weight" and template in family.TRANSPOSED:
                         transposed.add(file_name)
 
@@ -224,7 +222,7 @@ def _canonical(directory: Path, family: Family, spec: DecoderSpec, files: dict[s
                 hint=f"use an unquantised checkpoint ({', '.join(FLOATS)})",
             )
         start = 0
-        for name, size in zip(names, rows):
+        for name, size in zip(names, rows, strict=True):
             weights[name] = tensor.rows(start, start + size)
             start += size
     return {name: weights[name] for name in shapes}

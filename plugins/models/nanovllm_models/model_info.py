@@ -51,7 +51,10 @@ class ModelInfo:
     @classmethod
     def _from_config(cls, config: Mapping[str, Any], path: Path) -> ModelInfo:
         """The directory gives the name, the first of several eos ids counts."""
-        values = {"model_name": _name(path.parent), **{key: config.get(key) for key in (*_TOKENS, *_SIZES)}}
+        values: dict[str, Any] = {
+            "model_name": _name(path.parent),
+            **{key: config.get(key) for key in (*_TOKENS, *_SIZES)},
+        }
         for key in _TOKENS:
             if isinstance(values[key], list):
                 values[key] = values[key][0] if values[key] else None
@@ -72,7 +75,7 @@ class ModelInfo:
             if token is not None and (type(token) is not int or token < -1):
                 raise _bad(path, key, "a token id or null", token)
         # -1 is how several exporters write "none".
-        tokens = {key: None if values.get(key) == -1 else values.get(key) for key in _TOKENS}
+        tokens: dict[str, Any] = {key: None if values.get(key) == -1 else values.get(key) for key in _TOKENS}
         return cls(model_name=name, **tokens, **{key: values[key] for key in _SIZES})
 
     def write(self, directory: Path) -> Path:

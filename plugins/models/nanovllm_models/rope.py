@@ -51,12 +51,12 @@ def _yarn(freqs: NDArray[np.float64], rotary: Rotary, yarn: Yarn) -> NDArray[np.
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotary.dim - 1)
     ramp = (np.arange(len(freqs)) - low) / (high - low or 0.001)  # 0.001: transformers' guard for a step
-    divided = np.clip(ramp, 0, 1)
+    divided: NDArray[np.float64] = np.clip(ramp, 0, 1)
     return freqs / yarn.factor * divided + freqs * (1 - divided)
 
 
 def _llama3(freqs: NDArray[np.float64], rule: Llama3) -> NDArray[np.float64]:
     rotations = rule.original_len * freqs / (2 * math.pi)  # over the original length
-    kept = (rotations - rule.low_freq_factor) / (rule.high_freq_factor - rule.low_freq_factor)
-    kept = np.clip(kept, 0, 1)
+    ramp = (rotations - rule.low_freq_factor) / (rule.high_freq_factor - rule.low_freq_factor)
+    kept: NDArray[np.float64] = np.clip(ramp, 0, 1)
     return freqs / rule.factor * (1 - kept) + freqs * kept

@@ -23,7 +23,7 @@ from nanovllm.errors import ModelError
 
 from .files import MAX_JSON_BYTES, parse_json
 
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),

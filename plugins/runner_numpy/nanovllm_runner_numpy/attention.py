@@ -21,13 +21,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from nanovllm.batch import IntArray, Packed
 from numpy.typing import NDArray
 
+from nanovllm.batch import IntArray, Packed
+
+from .blas import Blas
 from .ops import FloatArray, softmax_
 
-SCRATCH = 1_048_576  # numbers of gathered K (and as many of V) per decode group: 4 MiB each
-SCORES = 1_048_576  # scores at once per prefill chunk: 4 MiB
+SCRATCH = 524_288  # numbers of gathered K (and as many of V) per decode group: 2 MiB each
+SCORES = 262_144  # scores at once per prefill chunk: 1 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +101,8 @@ class Plan:
     @cached_property
     def scratch(self) -> tuple[FloatArray, FloatArray]:
         """For K and for V, as large as the largest span that must be gathered."""
-        spans = [work.span for work in (*self.prefills, *self.decodes) if not work.span.is_run]
-        size = max((span.blocks.size for span in spans), default=0) * self.block_numbers
+        spans = [work.span for work in self.prefills] + [work.span for work in self.decodes]
+        size = max((span.blocks.size for span in spans if not span.is_run), default=0) * self.block_numbers
         return np.empty(size, np.float32), np.empty(size, np.float32)
 
 
@@ -130,7 +132,7 @@ def plan_attention(packed: Packed, window: int | None, pool: KVPool) -> Plan:
     return Plan(window, prefills, decodes, block_numbers)
 
 
-def _groups(members: IntArray, lengths: IntArray, budget: int) -> Iterator[IntArray]:
+def _groups(members: NDArray[np.intp], lengths: IntArray, budget: int) -> Iterator[NDArray[np.intp]]:
     """Split members, sorted by length, so that padding at most doubles a group and it fits the budget (slots)."""
     first = 0
     for i in range(1, len(members) + 1):
@@ -140,7 +142,7 @@ def _groups(members: IntArray, lengths: IntArray, budget: int) -> Iterator[IntAr
             first = i
 
 
-def _decode(packed: Packed, group: IntArray, begins: IntArray, borders: IntArray, block_size: int) -> Decode:
+def _decode(packed: Packed, group: NDArray[np.intp], begins: IntArray, borders: IntArray, block_size: int) -> Decode:
     tokens, stops = packed.q_start[group], packed.kv_lens[group]
     if len(group) == 1:
         span = _span(packed.tables[group], int(begins[0]), int(stops[0]), block_size)
@@ -163,7 +165,7 @@ def _span(table: IntArray, begin: int, stop: int, block_size: int) -> Span:
     return Span(blocks, begin % block_size, stop - begin, is_run)
 
 
-def attend(plan: Plan, q: FloatArray, pool: KVPool, out: FloatArray) -> None:
+def attend(plan: Plan, q: FloatArray, pool: KVPool, out: FloatArray, blas: Blas) -> None:
     """softmax(q k^T) v for every token of the step.
 
     q (T, heads, head_size), already scaled and rotated; out the same shape. K and V of the step's own
@@ -175,8 +177,11 @@ def attend(plan: Plan, q: FloatArray, pool: KVPool, out: FloatArray) -> None:
     out = out.reshape(q.shape)
     for prefill in plan.prefills:
         _attend_prefill(plan, prefill, q, pool, out)
-    for decode in plan.decodes:
-        _attend_decode(plan, decode, q, pool, out)
+    if plan.decodes:
+        # A product per sequence and kv head, each too small to share: waking a second thread costs more.
+        with blas.limit(1):
+            for decode in plan.decodes:
+                _attend_decode(plan, decode, q, pool, out)
 
 
 def _attend_prefill(plan: Plan, work: Prefill, q: FloatArray, pool: KVPool, out: FloatArray) -> None:

@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from nanovllm.batch import Packed
 from nanovllm_models import DecoderSpec, Norm, Rotary, Tensor, rotary_frequencies
 
 from .attention import KVPool, attend, plan_attention
+from .blas import Blas
 from .ops import ACTIVATIONS, NORMS, FloatArray, rotate_
 
 
@@ -56,27 +58,18 @@ class Layer:
 class Model:
     """`max_len` fixes the frequencies of length-dependent rotary rules (see nanovllm_models.rope)."""
 
-    def __init__(self, spec: DecoderSpec, weights: Mapping[str, Tensor], max_len: int) -> None:
+    def __init__(self, spec: DecoderSpec, weights: Mapping[str, Tensor], max_len: int, blas: Blas) -> None:
         self.spec = spec
+        self._blas = blas
         self._activate = ACTIVATIONS[spec.mlp.activation]
         self._tokens = weights["embed.tokens.weight"].to_float32()  # (vocab, hidden)
         self._lm_head = self._tokens if spec.tied_embeddings else weights["lm_head.weight"].to_float32()
         if isinstance(spec.positions, Rotary):
             self._frequencies, self._rotary_factor = rotary_frequencies(spec.positions, max_len)
         else:
-            self._positions = weights["embed.positions.weight"].rows(0, max_len).to_float32()  # (max_len, hidden)
+            self._positions = weights["embed.positions.weight"].to_float32()  # (max_positions, hidden)
         self._final_norm = _norm(weights, "final_norm", spec.norm)
         self._layers = [_layer(weights, spec, f"layers.{i}") for i in range(spec.num_layers)]
-
-    @property
-    def num_bytes(self) -> int:
-        """Held in memory."""
-        arrays = [self._tokens, *([] if self.spec.tied_embeddings else [self._lm_head])]
-        arrays += [] if isinstance(self.spec.positions, Rotary) else [self._positions]
-        for layer in self._layers:
-            for part in (layer.qkv, layer.attn_out, layer.gate_up, layer.down):
-                arrays += [part.weight] if part.bias is None else [part.weight, part.bias]
-        return sum(a.nbytes for a in arrays)
 
     def forward(self, packed: Packed, pools: Sequence[KVPool]) -> FloatArray:
         """Write K and V of the T tokens into the pools (one per layer); return logits (R, vocab)."""
@@ -101,7 +94,7 @@ class Model:
         x = self._tokens[packed.input_ids]
         if not isinstance(spec.positions, Rotary):
             x += self._positions[packed.positions]
-        for layer, window, pool in zip(self._layers, attention.windows, pools):
+        for layer, window, pool in zip(self._layers, attention.windows, pools, strict=True):
             layer.qkv(layer.attn_norm(x), out=qkv)
             if layer.q_norm is not None and layer.k_norm is not None:
                 q[...], k[...] = layer.q_norm(q), layer.k_norm(k)
@@ -109,7 +102,7 @@ class Model:
                 rotate_(heads[:, : num_q + num_kv], cos, sin)
             np.multiply(q, attention.scale, out=q)
             pool.write(packed.slots, k, v)
-            attend(plans[window], q, pool, mixed)
+            attend(plans[window], q, pool, mixed, self._blas)
             attended = mixed.reshape(num_tokens, num_q * size)
             if pool is pools[-1]:  # nothing after the last attention mixes tokens: go on with the wanted ones
                 attended, x, inner = attended[packed.rows], x[packed.rows], inner[: len(packed.rows)]

@@ -25,7 +25,7 @@ _NORMAL_TAIL = (
 
 def layer_norm(x: FloatArray, weight: FloatArray, bias: FloatArray | None, eps: float) -> FloatArray:
     """(..., n) -> (..., n): mean 0 and variance 1 over the last axis, then weight and bias."""
-    y = x - x.mean(-1, keepdims=True)
+    y: FloatArray = x - x.mean(-1, keepdims=True)
     y *= _inverse_rms(y, eps)
     y *= weight
     if bias is not None:
@@ -44,7 +44,7 @@ def rms_norm(x: FloatArray, weight: FloatArray, bias: FloatArray | None, eps: fl
 
 def _inverse_rms(x: FloatArray, eps: float) -> FloatArray:
     """(..., n) -> (..., 1): 1 / sqrt(mean(x^2) + eps)."""
-    mean_square = np.einsum("...i,...i->...", x, x)[..., None]
+    mean_square: FloatArray = np.einsum("...i,...i->...", x, x)[..., None]
     mean_square /= x.shape[-1]
     mean_square += eps
     return np.reciprocal(np.sqrt(mean_square, out=mean_square), out=mean_square)
@@ -114,7 +114,8 @@ def softmax_(scores: FloatArray) -> FloatArray:
     """
     scores -= scores.max(-1, keepdims=True)
     np.exp(scores, out=scores)
-    return scores.sum(-1, keepdims=True)
+    sums: FloatArray = scores.sum(-1, keepdims=True)
+    return sums
 
 
 def rotate_(x: FloatArray, cos: FloatArray, sin: FloatArray) -> None:

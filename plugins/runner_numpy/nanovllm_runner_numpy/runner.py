@@ -6,17 +6,16 @@ rounding, not to the bit: BLAS chooses its kernels by the shape of the operands.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import numpy as np
+
 from nanovllm.batch import Packed, Paged, RunnerInfo
-from nanovllm.errors import ConfigError, ModelError
+from nanovllm.errors import ConfigError
 from nanovllm.hookspecs import CacheOptions, Context
 from nanovllm.runner import LogitsRunner
 from nanovllm_models import Checkpoint, DecoderSpec, load_checkpoint
-from threadpoolctl import ThreadpoolController
 
 from .attention import KVPool
+from .blas import Blas
 from .model import Model
 from .ops import FloatArray
 
@@ -27,12 +26,7 @@ class NumpyRunner(LogitsRunner):
     """Raises ModelError for a model that cannot be used, ConfigError for sizes that cannot be met."""
 
     def __init__(self, ctx: Context) -> None:
-        if ctx.path is None:
-            raise ModelError(
-                f"Model directory not found: {ctx.model}",
-                hint="expected a directory with config.json and model.safetensors (or model.safetensors.index.json)",
-            )
-        checkpoint = load_checkpoint(ctx.path)
+        checkpoint = load_checkpoint(ctx.path or ctx.model)
         spec, block_size = checkpoint.spec, ctx.cache.block_size
         max_model_len = ctx.max_model_len or spec.max_positions
         if max_model_len > spec.max_positions:
@@ -41,7 +35,8 @@ class NumpyRunner(LogitsRunner):
                 hint=f"set max_model_len to {spec.max_positions} or less",
             )
         num_blocks = _num_blocks(spec, ctx.cache, ctx.max_num_seqs, max_model_len)
-        self._model = Model(spec, checkpoint.weights, max_model_len)
+        self._blas, self._threads = Blas(), ctx.threads
+        self._model = Model(spec, checkpoint.weights, max_model_len, self._blas)
         shape = (num_blocks, block_size, spec.attention.num_kv_heads, spec.attention.head_size)
         # zeros: the system hands out such pages when they are first written, so an unused pool costs nothing.
         try:
@@ -53,8 +48,6 @@ class NumpyRunner(LogitsRunner):
                 f"the KV pool of {num_blocks} blocks does not fit in memory: {e}",
                 hint="lower cache.num_blocks or cache.memory",
             ) from e
-        self._threads = ctx.threads
-        self._blas = ThreadpoolController()  # finding the loaded BLAS takes milliseconds: once
         self._info = RunnerInfo(
             vocab_size=spec.vocab_size,
             max_model_len=max_model_len,
@@ -70,27 +63,25 @@ class NumpyRunner(LogitsRunner):
 
     def forward(self, packed: Packed) -> FloatArray:
         """Logits (R, vocab) float32 for `packed.rows`; K and V of all T tokens go into the pool."""
-        limited = self._blas.limit(limits=self._threads, user_api="blas") if self._threads else nullcontext()
         # inf and NaN travel to the logits, where the sampler names the row that has them.
-        with limited, np.errstate(all="ignore"):
+        with self._blas.limit(self._threads), np.errstate(all="ignore"):
             return self._model.forward(packed, self._pools)
 
     def close(self) -> None:
         self._pools = []
 
     def _describe(self, checkpoint: Checkpoint, num_blocks: int) -> dict[str, object]:
-        blas = next((lib for lib in self._blas.info() if lib["user_api"] == "blas"), None)
         return {
             "model": checkpoint.name,
             "architecture": checkpoint.spec.architecture,
             "layers": checkpoint.spec.num_layers,
             "parameters": checkpoint.num_parameters,
             "dtype": f"{checkpoint.dtype} in the file, float32 in memory",
-            "weight_bytes": self._model.num_bytes,
+            "weight_bytes": checkpoint.num_parameters * 4,  # each once, float32
             "kv_bytes": sum(pool.k.nbytes + pool.v.nbytes for pool in self._pools),
             "blocks": num_blocks,
-            "blas": f"{blas['internal_api']} {blas['version']}" if blas else "unknown",
-            "threads": self._threads or (blas["num_threads"] if blas else 1),
+            "blas": self._blas.name,
+            "threads": self._threads or self._blas.threads,
         }
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,36 @@ from typing import Any, NamedTuple
 from nanovllm.errors import RequestError, TokenizerError
 
 from .files import read_object, read_text
+from .templates import BUILT_IN, fitting, lacking
 
 MAX_SECONDS = 10.0  # for one conversation, the start of the process included
+
+
+def choose_template(
+    option: str | None, directory: Path | None, config: dict[str, Any], vocabulary: Collection[str]
+) -> ChatTemplate | None:
+    """The option's template, a built-in one's name or a file; else the directory's own; else a built-in one
+    whose control tokens are all in the vocabulary; else None.
+
+    Raises TokenizerError for a file that cannot be read, and for a built-in one whose control tokens are not there.
+    """
+    if option in BUILT_IN:
+        if missing := lacking(option, vocabulary):
+            raise TokenizerError(
+                f"the chat template '{option}' writes {', '.join(missing)}, which the vocabulary does not have",
+                hint="set tokenizer.chat_template to another one: " + ", ".join(BUILT_IN) + ", or a jinja file",
+            )
+        name = option
+    elif option is not None:
+        file = Path(option).expanduser()
+        return ChatTemplate(read_text(file), str(file))
+    elif found := directory and find_template(directory, config):
+        return ChatTemplate(found[0], str(found[1]))
+    else:
+        name = fitting(vocabulary)
+    if name is None:
+        return None
+    return ChatTemplate(BUILT_IN[name].source, f"the built-in {name}", writes_plain_prompt=name == "completion")
 
 
 def find_template(directory: Path, config: dict[str, Any]) -> tuple[str, Path] | None:
@@ -60,9 +89,12 @@ class _Worker(NamedTuple):
 class ChatTemplate:
     """One template. Threads may share it; conversations are rendered one at a time."""
 
-    def __init__(self, source: str, name: str, max_seconds: float = MAX_SECONDS) -> None:
+    def __init__(
+        self, source: str, name: str, max_seconds: float = MAX_SECONDS, *, writes_plain_prompt: bool = False
+    ) -> None:
         self.source = source
         self.name = name  # where it came from, for errors
+        self.writes_plain_prompt = writes_plain_prompt  # so the tokenizer adds BOS and the like, as to any prompt
         self.max_seconds = max_seconds
         self._lock = threading.Lock()
         self._worker: _Worker | None = None

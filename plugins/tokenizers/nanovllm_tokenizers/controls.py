@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from itertools import islice
 from typing import Any
 
@@ -28,19 +28,17 @@ Span = tuple[int, int, str]  # text[i:j] and what is, or comes, in its place
 
 
 class ControlTokens:
-    """The control tokens of one tokenizer.json and their secret names."""
+    """The control tokens of one tokenizer and their secret names."""
 
     def __init__(self, added: list[dict[str, Any]], vocabulary: Collection[str]) -> None:
-        """`added`: the file's added_tokens; `vocabulary`: the pieces of its model."""
+        """`added`: tokens as in a tokenizer.json's added_tokens; `vocabulary`: the pieces of its model."""
         from tokenizers import AddedToken, Tokenizer
         from tokenizers.models import WordLevel
 
         secret = secrets.token_hex(16)
+        self._split = re.compile(secret + "([0-9a-f]{8})")
         self._names = {  # of fixed width, so that no name is the beginning of another one
-            token["content"]: f"{secret}{token['id']:08x}"
-            for token in added
-            if (token["special"] or _TAG.fullmatch(token["content"]))
-            and not (len(token["content"]) == 1 and token["content"] in vocabulary)
+            token["content"]: f"{secret}{token['id']:08x}" for token in added if is_control(token, vocabulary)
         }
         # The library's own matching (leftmost, longest, single_word), over added tokens and nothing else.
         self._finder = Tokenizer(WordLevel({"": 0}, unk_token=""))  # what lies between two tokens is id 0
@@ -48,6 +46,13 @@ class ControlTokens:
             [AddedToken(t["content"], single_word=t["single_word"], normalized=False) for t in added if t["content"]]
         )
         self._name_of_id = {self._finder.token_to_id(text): name for text, name in self._names.items() if text}
+        # The other added tokens are found in every text; only `split` needs to know them.
+        self._words = {
+            self._finder.token_to_id(t["content"]): f"{secret}{t['id']:08x}"
+            for t in added
+            if t["content"] and t["content"] not in self._names and t["content"] not in vocabulary
+        }
+        self._flags = {t["id"]: t for t in added if t["lstrip"] or t["rstrip"]}
 
     def respell_file(self, spec: dict[str, Any]) -> None:
         """Put the secret names in place of the control tokens everywhere in a parsed tokenizer.json."""
@@ -72,6 +77,25 @@ class ControlTokens:
     def respell(self, text: str) -> str:
         """The text with every control token in it under its secret name."""
         return _replaced(text, self._find(text))
+
+    def split(self, text: str) -> list[str | int]:
+        """A text, respelled where wanted, as its plain stretches and the ids of the added tokens between them.
+
+        For libraries that know no added tokens. `lstrip` and `rstrip` are honoured; no stretch is empty.
+        """
+        if self._words:
+            text = _replaced(text, self._found(text, self._words))
+        odd = self._split.split(text)  # plain, id, plain, id, ..., plain
+        ids = [int(name, 16) for name in odd[1::2]]
+        parts: list[str | int] = []
+        for i, plain in enumerate(odd[::2]):
+            if i and self._flags.get(ids[i - 1], {}).get("rstrip"):
+                plain = plain.lstrip()
+            if i < len(ids) and self._flags.get(ids[i], {}).get("lstrip"):
+                plain = plain.rstrip()
+            parts += [plain] if plain else []
+            parts += ids[i : i + 1]
+        return parts
 
     def respell_chat(self, messages: list[dict[str, str]], render: Callable[[list[dict[str, str]]], str]) -> str:
         """`render(messages)`, with the control tokens under their secret names that no content brought in."""
@@ -114,9 +138,22 @@ class ControlTokens:
 
     def _find(self, text: str) -> list[Span]:
         """(i, j, secret name) of each control token text[i:j], in order."""
+        return self._found(text, self._name_of_id)
+
+    def _found(self, text: str, name_of_id: Mapping[int, str]) -> list[Span]:
         found = self._finder.encode(text, add_special_tokens=False)
-        names = map(self._name_of_id.get, found.ids)
+        names = map(name_of_id.get, found.ids)
         return [(i, j, name) for (i, j), name in zip(found.offsets, names, strict=True) if name is not None]
+
+
+def is_control(token: dict[str, Any], vocabulary: Collection[str]) -> bool:
+    """Whether an added token is one that a user's text may not become."""
+    text = token["content"]
+    return (token["special"] or is_tag(text)) and not (len(text) == 1 and text in vocabulary)
+
+
+def is_tag(text: str) -> bool:
+    return _TAG.fullmatch(text) is not None
 
 
 def _replaced(text: str, spans: list[Span]) -> str:

@@ -11,8 +11,8 @@ from nanovllm.errors import TokenizerError
 MAX_FILE_BYTES = 256 << 20  # the largest tokenizer.json in use has 33 MB
 
 
-def read_text(path: Path) -> str:
-    """The file as text; TokenizerError that names it if it is missing, too large or not UTF-8."""
+def read_bytes(path: Path) -> bytes:
+    """The file; TokenizerError that names it if it is missing or too large."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
@@ -22,8 +22,13 @@ def read_text(path: Path) -> str:
         ) from e
     if len(data) > MAX_FILE_BYTES:
         raise TokenizerError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB", hint="this is not a tokenizer's file")
+    return data
+
+
+def read_text(path: Path) -> str:
+    """The file as text; TokenizerError that names it if it cannot be read or is not UTF-8."""
     try:
-        return data.decode("utf-8-sig")
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise TokenizerError(
             f"{path} is not UTF-8 text ({e.reason} at byte {e.start})", hint="download it again"
