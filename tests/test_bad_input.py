@@ -180,6 +180,8 @@ def test_a_runner_that_cannot_chunk_refuses_with_the_remedy() -> None:
     engine = make_engine(MockRunner(can_chunk=False), max_num_batched_tokens=64)
     with pytest.raises(RequestError, match=r"64.*raise scheduler.max_num_batched_tokens"):
         ask(engine, [5] * 65)
+    with pytest.raises(RequestError, match=r"73 tokens do not fit"):  # after a preemption, with its answer so far
+        ask(engine, [5] * 60, greedy(14))
     ticket = ask(engine, [5] * 30)
     assert drive(engine).ids(ticket) == expected([5] * 30, 8)
 

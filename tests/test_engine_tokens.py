@@ -68,6 +68,13 @@ def test_seeded_samples_are_the_same_however_they_were_scheduled(how: str, pool:
     assert [[answers.ids(t, i) for i in range(2)] for t in tickets] == alone
 
 
+def test_without_a_seed_every_request_draws_its_own() -> None:
+    engine = make_engine()
+    tickets = [ask(engine, PROMPT, SamplingParams(max_tokens=20, ignore_eos=True)) for _ in range(3)]
+    answers = drive(engine)
+    assert len({tuple(answers.ids(t)) for t in tickets}) == 3
+
+
 def test_a_request_that_comes_mid_run_joins_the_next_step() -> None:
     runner = SpyRunner()
     engine = make_engine(runner)
@@ -362,9 +369,9 @@ def test_siblings_share_the_prompt_and_compute_it_once(prefix_caching: bool) -> 
     answers = drive(engine)
     assert cached(answers, ticket) == [0, 16, 16, 16, 16]  # four full blocks; the tail is recomputed
     assert all(answers.ids(ticket, i) == expected(PROMPT[:18], 4) for i in range(5))
-    again = ask(engine, PROMPT[:18], greedy(4))
+    again = ask(engine, PROMPT[:18], greedy(4), n=2)
     answers = drive(engine)
-    assert cached(answers, again) == [16 if prefix_caching else 0]
+    assert cached(answers, again) == [16 if prefix_caching else 0, 16]
 
 
 def test_salts_share_nothing() -> None:

@@ -15,6 +15,7 @@ from nanovllm import LLM, EngineClosed, EngineDead, Finish, Output, Request, Req
 from nanovllm.batch import Batch, SeqOutput
 from nanovllm.builtin.mock import MockRunner, Script, expected
 from nanovllm.builtin.simple_bpe import SimpleBPETokenizer
+from nanovllm.errors import RunnerDead
 
 TOKENIZER = SimpleBPETokenizer()
 PROMPTS = ["hello world", "how are you", "the", "what is this and that"]
@@ -355,7 +356,7 @@ def test_a_thread_that_steps_shuts_out_no_other() -> None:
 
 
 class BlockingRunner(RemoteRunner):
-    """A remote runner whose steps wait for an event that never comes; only `wake` ends them."""
+    """A remote runner whose steps wait for events that hardly ever come; `wake` ends them."""
 
     def __init__(self) -> None:
         super().__init__(vocab_size=125)
@@ -366,8 +367,10 @@ class BlockingRunner(RemoteRunner):
         self.num_steps += 1
         # A request of one token is answered at once, all others never.
         if all(s.sampling.params.max_tokens != 1 for s in batch.seqs):
-            assert self.woken.wait(5), "nobody woke a blocked step"
+            self.woken.wait(0.05)
             self.woken.clear()
+        if self.num_steps > 200:
+            raise RunnerDead("one thread steps for ever")
         return [SeqOutput((5,)) if s.sampling.params.max_tokens == 1 else SeqOutput() for s in batch.seqs]
 
     def wake(self) -> None:
@@ -401,8 +404,9 @@ def test_a_step_that_waits_for_a_remote_shuts_out_nobody() -> None:
     waiting.start()
     while not runner.num_steps:
         time.sleep(0.001)
-    for _ in range(5):
+    for _ in range(5):  # each waits for one event of the other at most when it comes, and one when it is answered
         assert llm.generate("world", greedy(1))[0].token_ids == [5]
+    assert runner.num_steps < 50
     llm.close()
     waiting.join(30)
     assert not waiting.is_alive()
