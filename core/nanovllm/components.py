@@ -141,7 +141,7 @@ def _tokenizer_type(loaded: Loaded, path: Path | None) -> str | None:
         return section.type
     if loaded.config.runner.type.partition("@")[0] == "mock":
         return "simple"
-    return "hf" if path is not None or section.path is not None else None
+    return "auto" if path is not None or section.path is not None else None
 
 
 def _sampler(plugins: Plugins, loaded: Loaded, runner: ModelRunner, ctx: Context) -> Sampler | None:

@@ -84,8 +84,8 @@ class TokenizerSection(Section):
 
     type: Text = Field(
         default="auto",
-        description="an installed tokenizer; `auto` = `simple` for the runner `mock`, else `hf`, or none where "
-        "the runner tokenizes by itself and the model has no files",
+        description="an installed tokenizer; `auto` = `simple` for the runner `mock`, else what fits the model's "
+        "files, or none where the runner tokenizes by itself and the model has no files",
     )
     path: Text | None = Field(
         default=None, description="the tokenizer's file or directory, if not the model's directory"

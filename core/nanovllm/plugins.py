@@ -32,6 +32,7 @@ _OFFICIAL = {
     ("runners", "torch"): "nanovllm[torch]",
     ("runners", "http"): "nanovllm[http]",
     ("samplers", "torch"): "nanovllm[torch]",
+    ("tokenizers", "auto"): "nanovllm[tokenizers]",
     ("tokenizers", "hf"): "nanovllm[tokenizers]",
     ("tokenizers", "sentencepiece"): "nanovllm-tokenizers[sentencepiece]",
     ("tokenizers", "tiktoken"): "nanovllm-tokenizers[tiktoken]",

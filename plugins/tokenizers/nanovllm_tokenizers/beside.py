@@ -21,9 +21,14 @@ _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_
 
 
 class Beside(NamedTuple):
+    directory: Path | None  # None: an encoding known by name, with no files
     config: dict[str, Any]  # tokenizer_config.json, {} if there is none
-    names: dict[str, str]  # {"eos_token": "</s>", ...}
-    added: list[dict[str, Any]]  # as in a tokenizer.json: id, content, special and its flags; sorted by id
+    special_map: dict[str, Any]  # special_tokens_map.json
+
+    @property
+    def names(self) -> dict[str, str]:
+        """bos_token and the like: {"eos_token": "</s>", ...}."""
+        return _token_names(self.special_map) | _token_names(self.config)
 
     def switch(self, key: str, default: bool) -> bool:
         """add_bos_token and the like. Raises TokenizerError for anything but true, false and null."""
@@ -34,26 +39,33 @@ class Beside(NamedTuple):
             )
         return default if value is None else value
 
+    def added(self) -> list[dict[str, Any]]:
+        """The added tokens as a tokenizer.json has them: id, content, special and its flags; sorted by id.
 
-def read_beside(directory: Path) -> Beside:
+        Raises TokenizerError that names the file.
+        """
+        if self.directory is None:
+            return []
+        file, added = self.directory / "added_tokens.json", {}
+        if (decoder := self.config.get("added_tokens_decoder")) is not None:
+            file, added = self.directory / "tokenizer_config.json", _from_decoder(decoder)
+        elif file.exists():
+            key = "additional_special_tokens"
+            special = {*self.names.values(), *_texts(self.special_map.get(key) or self.config.get(key))}
+            added = {i: added_token(i, text, text in special) for text, i in read_object(file).items()}
+        for i, token in added.items():
+            if token is None or type(i) is not int or i < 0 or not isinstance(token["content"], str):
+                raise TokenizerError(f"{file}: added token {i!r} has no text or no id", hint="download it again")
+        return [added[i] for i in sorted(added)]
+
+
+def read_beside(directory: Path | None) -> Beside:
     """Raises TokenizerError that names the file."""
+    if directory is None:
+        return Beside(None, {}, {})
     config_file, map_file = directory / "tokenizer_config.json", directory / "special_tokens_map.json"
     config = read_object(config_file) if config_file.exists() else {}
-    special_map = read_object(map_file) if map_file.exists() else {}
-    names = _token_names(special_map) | _token_names(config)
-    decoder, added_file = config.get("added_tokens_decoder"), directory / "added_tokens.json"
-    if decoder is not None:
-        file, added = config_file, _from_decoder(decoder)
-    else:
-        file, added = added_file, {}
-        if added_file.exists():
-            extra = special_map.get("additional_special_tokens") or config.get("additional_special_tokens") or []
-            special = {*names.values(), *_texts(extra)}
-            added = {i: added_token(i, text, text in special) for text, i in read_object(added_file).items()}
-    for i, token in added.items():
-        if token is None or type(i) is not int or i < 0 or not isinstance(token["content"], str):
-            raise TokenizerError(f"{file}: added token {i!r} has no text or no id", hint="download it again")
-    return Beside(config, names, [added[i] for i in sorted(added)])
+    return Beside(directory, config, read_object(map_file) if map_file.exists() else {})
 
 
 def added_token(token_id: int, content: str, special: bool, **flags: bool) -> dict[str, Any]:

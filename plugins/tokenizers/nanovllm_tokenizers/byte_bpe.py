@@ -36,14 +36,16 @@ def as_tokenizer_json(vocab_file: Path, merges_file: Path, beside: Beside) -> tu
     is_qwen2 = _is_qwen2(vocab_file.parent, beside)
     vocab = read_object(vocab_file)
     defaults = ("eos_token", "pad_token", "unk_token") if is_qwen2 else ("bos_token", "eos_token", "unk_token")
-    known = vocab.keys() | {token["content"] for token in beside.added}
-    names = {name: "<|endoftext|>" for name in defaults if "<|endoftext|>" in known} | beside.names
+    added = {token["content"]: token for token in beside.added()}
+    names = {
+        name: "<|endoftext|>" for name in defaults if "<|endoftext|>" in vocab.keys() | added.keys()
+    } | beside.names
     prefix = beside.switch("add_prefix_space", default=False)
     byte_level = {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True, "use_regex": not is_qwen2}
     split = {"type": "Split", "pattern": {"Regex": _QWEN2_PATTERN}, "behavior": "Isolated", "invert": False}
     spec = {
         "version": "1.0",
-        "added_tokens": _added(vocab, beside, names),
+        "added_tokens": _named(vocab, added, names),
         "normalizer": {"type": "NFC"} if is_qwen2 else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]} if is_qwen2 else byte_level,
         "post_processor": None,
@@ -86,13 +88,10 @@ def _is_qwen2(directory: Path, beside: Beside) -> bool:
     )
 
 
-def _added(vocab: dict[str, Any], beside: Beside, names: dict[str, str]) -> list[dict[str, Any]]:
-    """The added tokens; those that have a name, such as eos_token, are special wherever they are."""
-    added = {token["content"]: token for token in beside.added}
-    for text in names.values():
-        if text in vocab and text not in added:
-            added[text] = added_token(vocab[text], text, True)
-    return sorted(added.values(), key=lambda token: token["id"])
+def _named(vocab: dict[str, Any], added: dict[str, dict[str, Any]], names: dict[str, str]) -> list[dict[str, Any]]:
+    """The added tokens, with those of the vocabulary that have a name, such as eos_token: they are special too."""
+    named = {text: added_token(vocab[text], text, True) for text in names.values() if text in vocab}
+    return sorted((named | added).values(), key=lambda token: token["id"])
 
 
 def _merges(file: Path, vocab: dict[str, Any]) -> list[str]:
@@ -102,7 +101,7 @@ def _merges(file: Path, vocab: dict[str, Any]) -> list[str]:
         if not line or (number == 1 and line.startswith("#version")):
             continue
         left, _, right = line.partition(" ")
-        if not left or not right or " " in right or {left, right, left + right} - vocab.keys():
+        if not all(token in vocab for token in (left, right, left + right)) or " " in right:
             raise TokenizerError(
                 f"{file}, line {number}: {line[:80]!r} is not a pair of tokens whose union is one",
                 hint="download it again: the vocabulary and the merges must be of one model",

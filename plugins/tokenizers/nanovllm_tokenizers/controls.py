@@ -36,7 +36,7 @@ class ControlTokens:
         from tokenizers.models import WordLevel
 
         secret = secrets.token_hex(16)
-        self._split = re.compile(secret + "([0-9a-f]{8})")
+        self._split = re.compile(f"({secret}[0-9a-f]{{8}})")
         self._names = {  # of fixed width, so that no name is the beginning of another one
             token["content"]: f"{secret}{token['id']:08x}" for token in added if is_control(token, vocabulary)
         }
@@ -50,7 +50,7 @@ class ControlTokens:
         self._words = {
             self._finder.token_to_id(t["content"]): f"{secret}{t['id']:08x}"
             for t in added
-            if t["content"] and t["content"] not in self._names and t["content"] not in vocabulary
+            if t["content"] and t["content"] not in self._names
         }
         self._flags = {t["id"]: t for t in added if t["lstrip"] or t["rstrip"]}
 
@@ -83,10 +83,11 @@ class ControlTokens:
 
         For libraries that know no added tokens. `lstrip` and `rstrip` are honoured; no stretch is empty.
         """
+        odd = self._split.split(text)  # plain, name, plain, name, ..., plain
         if self._words:
-            text = _replaced(text, self._found(text, self._words))
-        odd = self._split.split(text)  # plain, id, plain, id, ..., plain
-        ids = [int(name, 16) for name in odd[1::2]]
+            odd[::2] = [_replaced(plain, self._found(plain, self._words)) for plain in odd[::2]]
+            odd = self._split.split("".join(odd))
+        ids = [int(name[-8:], 16) for name in odd[1::2]]
         parts: list[str | int] = []
         for i, plain in enumerate(odd[::2]):
             if i and self._flags.get(ids[i - 1], {}).get("rstrip"):

@@ -48,6 +48,11 @@ def read_ranks(file: Path, taken: Collection[int]) -> dict[bytes, int]:
             token = b64decode(match[1], validate=True)
         except Base64Error as e:
             raise _bad(file, number, f"{match[1][:80]!r} is not base64 ({e})") from None
+        if int(match[2]) in taken:
+            raise TokenizerError(
+                f"{file}, line {number}: the rank {match[2]} is also the id of a special token",
+                hint="correct tokenizer.special_tokens, or the added tokens in tokenizer_config.json",
+            )
         while expected in taken:
             expected += 1
         if int(match[2]) != expected:

@@ -19,6 +19,7 @@ from .parts import PartsTokenizer
 from .sentencepiece_file import NO_DUMMY_PREFIX, Kind, ModelFile
 
 MIN_LIBRARY = "0.2.1"  # CVE-2026-1260: a model file could overflow the heap of earlier ones
+_HIDDEN = (Kind.UNKNOWN, Kind.CONTROL, Kind.BYTE)  # pieces that the library itself finds in no text
 _PIP = "try: pip install 'nanovllm-tokenizers[sentencepiece]'"
 
 
@@ -27,7 +28,7 @@ def find_model(directory: Path) -> Path | None:
     for name in ("tokenizer.model", "spiece.model"):
         if (directory / name).is_file():
             return directory / name
-    models = sorted(file for file in directory.glob("*.model*") if file.is_file())
+    models = sorted([*directory.glob("*.model"), *directory.glob("*.model.v[0-9]*")])
     if len(models) > 1:
         raise TokenizerError(
             f"{directory} holds several models: {', '.join(file.name for file in models)}",
@@ -65,17 +66,24 @@ class SentencePieceTokenizer(PartsTokenizer):
             "pad_token": original.pad_id(),
         }
         names = {name: pieces[i] for name, i in own.items() if i >= 0} | beside.names
-        added = {i: added_token(i, text, True) for i, (text, kind) in enumerate(file.pieces) if _is_control(text, kind)}
-        added |= {token["id"]: token for token in beside.added}  # its names and flags win
+        added = {
+            i: added_token(i, text, True)
+            for i, (text, kind) in enumerate(file.pieces)
+            if kind in (Kind.UNKNOWN, Kind.CONTROL) or (kind == Kind.USER_DEFINED and is_tag(text.strip("▁")))
+        }
+        added |= {token["id"]: token for token in beside.added()}  # its names and flags win
         if max(added, default=0) >= MAX_VOCAB:
-            raise TokenizerError(f"{file.path.parent}: the added token {max(added)} is too large an id")
+            raise TokenizerError(
+                f"{file.path.parent}: an added token has the id {max(added)}; the largest is {MAX_VOCAB - 1}",
+                hint="correct the added tokens in tokenizer_config.json or added_tokens.json",
+            )
         id_of = {text: i for i, text in enumerate(pieces)} | {t["content"]: i for i, t in added.items()}
 
         vocabulary = {text for text, kind in file.pieces if kind in (Kind.NORMAL, Kind.UNUSED)}
         controls = {i for i, token in added.items() if is_control(token, vocabulary)}
         ends = {name: id_of.get(names[name]) for name in ("bos_token", "eos_token") if name in names}
         wanted = {
-            "bos_token": beside.switch("add_bos_token", default="bos_token" in ends),
+            "bos_token": beside.switch("add_bos_token", default=ends.get("bos_token") is not None),
             "eos_token": beside.switch("add_eos_token", default=False),
         }
         for name, add in wanted.items():
@@ -113,13 +121,6 @@ class SentencePieceTokenizer(PartsTokenizer):
         return guarded("sentencepiece", f"cannot encode a text with {self._file}", encode, text)
 
 
-_HIDDEN = (Kind.UNKNOWN, Kind.CONTROL, Kind.BYTE)  # what the library itself finds in no text
-
-
-def _is_control(text: str, kind: Kind) -> bool:
-    return kind in (Kind.UNKNOWN, Kind.CONTROL) or (kind == Kind.USER_DEFINED and is_tag(text.strip("▁")))
-
-
 def _token_bytes(file: ModelFile, added: dict[int, dict[str, Any]]) -> list[bytes]:
     """What a piece shows wherever it stands: the space before the first word of a text is not dropped."""
     table = [b""] * max(len(file.pieces), *(i + 1 for i in added), 1)
@@ -143,8 +144,8 @@ def _library() -> Any:
 
     if Version(sentencepiece.__version__) < Version(MIN_LIBRARY):
         raise TokenizerError(
-            f"sentencepiece {sentencepiece.__version__} is installed, and before {MIN_LIBRARY} a model file could "
-            "run code (CVE-2026-1260)",
+            f"sentencepiece {sentencepiece.__version__} is installed; before {MIN_LIBRARY} a model file could overflow "
+            "the heap (CVE-2026-1260)",
             hint=_PIP,
         )
     return sentencepiece

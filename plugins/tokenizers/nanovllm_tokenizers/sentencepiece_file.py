@@ -87,9 +87,12 @@ class ModelFile:
                     raise self._bad(f"piece {i} is not UTF-8 ({e.reason})") from None
             elif number == 3 and isinstance(value, int):
                 kind = value
-        if not text or kind not in Kind._value2member_map_:
-            raise self._bad(f"piece {i} has {f'the type {kind}' if text else 'no text'}")
-        return Piece(text, Kind(kind))
+        if not text:
+            raise self._bad(f"piece {i} has no text")
+        try:
+            return Piece(text, Kind(kind))
+        except ValueError:
+            raise self._bad(f"piece {i} has the type {kind}") from None
 
     def _fields(self, i: int, end: int) -> Iterator[_Field]:
         """The fields of the message data[i:end]."""

@@ -48,9 +48,9 @@ def load(path: Path | None, options: TiktokenOptions) -> TiktokenTokenizer:
         file = published if published is not None and published.is_file() else find_ranks(directory)
     if encoding is None:
         encoding = _of_file(file, path)
-    beside = Beside({}, {}, []) if directory is None else read_beside(directory)
+    beside = read_beside(directory)
     special = {text: added_token(i, text, True) for text, i in encoding.special.items()}
-    special |= {token["content"]: token for token in beside.added}
+    special |= {token["content"]: token for token in beside.added()}
     special |= {text: added_token(i, text, True) for text, i in options.special_tokens.items()}
     template = choose_template(options.chat_template, directory, beside.config, special.keys())
     if file is None:
@@ -82,7 +82,7 @@ class TiktokenTokenizer(PartsTokenizer):
         for text, i in id_of.items():
             if i in used or i >= MAX_VOCAB:
                 raise TokenizerError(
-                    f"{name}: the special token {text!r} cannot have the id {i}, which is a rank or too large",
+                    f"{name}: the special token {text!r} cannot have the id {i}, which is a rank's or too large",
                     hint="correct tokenizer.special_tokens, or the added tokens in tokenizer_config.json",
                 )
         own = {"bos_token": encoding.bos, "eos_token": next(iter(encoding.eos), None)}
