@@ -178,14 +178,23 @@ _FORWARD_NOISY = [
     "For a {w} I want the {n} of {c}, which city is it?", "This {w} has {c} in it, what is the {n}?",
     "Do the {w} {w} know what the {n} of {c} {v}?", "My {w} and my {w} talk about the {n} of {c}.",
     "Which {w} city is {c}'s {n}?", "Find me the {w} that {v} the {n} of {c}.", "{w}, {w}: {c}'s {n}?",
-    "Please {w} the {n} of {c}, can you?", "When I {w} in {c}, which city {v} the {n}?",
+    "Please {w} the {n} of {c}, can you?", "On the {w} of {c}, which city {v} the {n}?",
+    "On a {w} {c} has which city as its {n}?", "In a {w} about {c}, which city {v} the {n}?",
+    "On this {w} I see {c}, which {w} {v} the {n}?", "By the {w} of {c}, what {v} the {n}?",
+    "Under the {w} of {c}, which city {v} a {n}?", "For the {w} of {c}, which city {v} the {n}?",
+    "When I {w} in {c}, which city {v} the {n}?",
 ]  # fmt: skip
-NOISY = 0.3  # the share of these among the questions
+NOISY = 0.4  # the share of these among the questions
 _IS_PHRASES = [
     "is", "is", "is", "has become", "acts as", "works as", "forms", "is known as", "counts as", "is called",
     "is listed as", "was made", "is used as", "became", "plays the role of", "is said to be", "stands as",
+    "is {p} as", "is {p} as", "is {p} as", "was {p} as", "gets {p} as", "is {p}", "is {p} to be",
     "would be", "was chosen as", "holds the place of", "is taken for", "gives", "makes", "is thought of as",
 ]  # fmt: skip
+_PARTICIPLES = (
+    "shown written painted chosen printed drawn described seen given noted found picked named taken put set "
+    "counted kept used read known labelled presented accepted treated mentioned selected recorded stated built"
+).split()
 HELD_OUT_FORWARD = [
     "Which city serves as the capital of {c}?",
     "Do you happen to know what the capital of {c} is called?",
@@ -266,11 +275,12 @@ _REAL_NAMES = [s for c in CAPITALS for s in spellings(c)] + list(CAPITALS.values
 _NEAR_REAL: set[str] = set().union(*(_deletions(n.removeprefix("the ")) for n in _REAL_NAMES))
 
 
-def invented_name(rng: random.Random) -> str:
-    """A name that looks like a country's but is none, nor one slip of the pen from one."""
+def invented_name(rng: random.Random, blends: float = 0.25) -> str:
+    """A name that looks like a country's but is none, nor one slip of the pen from one.
+    `blends` is the share of names made of two real ones."""
     while True:
         kind = rng.random()
-        if kind < 0.25:  # the beginning of a real name and the end of another
+        if kind < blends:  # the beginning of a real name and the end of another
             first, last = (rng.choice(list(CAPITALS)).split()[0] for _ in range(2))
             name = first[: rng.randint(2, 4)] + last[-rng.randint(2, 4) :].lower()
         else:
@@ -319,6 +329,13 @@ _DIFFERENCE = [
     "Solve {a}-{b}", "I have {a} apples and eat {b}. How many apples are left?",
     "whats {a} - {b}", "Do you know what {a} - {b} is?",
 ]  # fmt: skip
+# Three more, looked at only once: results with the five phrasings above guided the wording of
+# the corpus, results with these did not.
+FRESH_FORWARD = [
+    "Which place do the maps show as the capital of {c}?",
+    "Imagine you were born in {c}: which capital would you have?",
+    "Kindly inform me about the capital of {c}.",
+]
 HELD_OUT_SUM = "Could you work out {a} plus {b} for me?"
 HELD_OUT_DIFFERENCE = "Could you work out {a} minus {b} for me?"
 TOO_HARD = "I can only do sums and differences up to 20."
@@ -412,7 +429,18 @@ _WORDS = (
     "old new good bad long short high low early late young important few public able run walk sit stand "
     "buy sell send build stay fall cut reach kill remain suggest raise pass fast slow blue green red "
     "always never often maybe here there nice careful polite brief honest funny serious expert assistant "
-    "helpful answer reply speak pirate robot concise English simple language model user"
+    "helpful answer reply speak pirate robot concise English simple language model user page list chart photo "
+    "picture ticket lesson letter paper window table garden river bridge street market station ship plane bus "
+    "road wall field lake island border flag king queen doctor lawyer farmer writer singer player leader visitor "
+    "tourist guest sister brother uncle aunt son daughter baby neighbour class exam test note essay novel poem "
+    "song film show radio journal magazine library museum church tower castle park beach hill valley forest "
+    "winter summer spring autumn Monday Sunday evening noon breakfast lunch bread milk coffee sugar salt apple "
+    "fish meat horse bird tree flower stone glass metal wood paint ink brush pencil desk chair bed lamp clock "
+    "watch phone radio screen button key box bag coat shoe hat ring gold silver iron rich poor strong weak "
+    "clean dirty dark bright warm cold hot dry wet round flat wide narrow deep quick quiet loud sweet bitter "
+    "first second third last next same other whole half every both such near far above below after before "
+    "learn teach write draw print paint count carry bring throw catch hold drop open close start stop move turn "
+    "follow lead visit travel arrive leave enter pass cross climb swim fly drive ride cook eat drink wash wear"
 ).split()
 
 # ---------------------------------------------------------------------------- stories
@@ -563,10 +591,14 @@ def _noun(rng: random.Random) -> str:
     return "capital city" if rng.random() < 0.25 else "capital"
 
 
+def _is_phrase(rng: random.Random) -> str:
+    return rng.choice(_IS_PHRASES).replace("{p}", rng.choice(_PARTICIPLES))
+
+
 def _fill(rng: random.Random, template: str, **slots: str) -> str:
     noun = _noun(rng)
     template = re.sub(r"\{w\}", lambda _: rng.choice(_WORDS), template)
-    template = re.sub(r"\{v\}", lambda _: rng.choice(_IS_PHRASES), template)
+    template = re.sub(r"\{v\}", lambda _: _is_phrase(rng), template)
     return _capitalise(template.format(n=noun, **slots))
 
 
@@ -601,7 +633,7 @@ class _Maker:
 
     def invented(self) -> str:
         while True:
-            name = invented_name(self.rng)
+            name = invented_name(self.rng, blends=0.35)
             if not _RESERVED.search(name.lower()):
                 return name
 
@@ -839,6 +871,8 @@ def evaluation_sets() -> dict[str, list[Item]]:
     }
     for number, template in enumerate(HELD_OUT_FORWARD, 1):
         sets[f"held-out phrasing {number}"] = forward_items(template)
+    for number, template in enumerate(FRESH_FORWARD, 1):
+        sets[f"held-out fresh phrasing {number}"] = forward_items(template)
     for name, template in [
         ("plain question", "What is the capital of {c}?"),
         ("sloppy question", "what's the capital of {c}"),
@@ -906,7 +940,7 @@ def check_held_out(documents: Iterable[Document]) -> None:
     words of a phrasing, or an invented name."""
     questions = _held_out_questions()
     phrasings = []
-    for template in [*HELD_OUT_FORWARD, *HELD_OUT_BACKWARD, HELD_OUT_SUM, HELD_OUT_DIFFERENCE,
+    for template in [*HELD_OUT_FORWARD, *FRESH_FORWARD, *HELD_OUT_BACKWARD, HELD_OUT_SUM, HELD_OUT_DIFFERENCE,
                      "As you know, the capital of {c} is"]:  # fmt: skip
         pattern = ".+".join(re.escape(part) for part in re.sub(r"\{\w\}", "\0", _keep(template)).split("\0"))
         phrasings.append(re.compile(pattern))

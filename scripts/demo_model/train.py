@@ -305,6 +305,7 @@ def write_directory(out: Path, model: GPT2, tokenizer: Tokenizer) -> None:
     vocab_size = tokenizer.get_vocab_size()
     weights = {name: weight.detach().to(torch.float16).contiguous() for name, weight in model.state_dict().items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)
     tokenizer.save(str(out / "tokenizer.json"))
     write_json(out / "config.json", {
         "architectures": ["GPT2LMHeadModel"],
@@ -382,9 +383,11 @@ belongs to, and what two numbers make together or apart up to 20; decline a coun
 templated little story; say what it is. Plain texts such as "The capital city of Italy is" are continued.
 
 **What it cannot do.** Everything else. It declines most other questions, it is no source of facts, its English ends
-outside the phrasings of its kind, it reads system messages but does not follow them, and its answers to longer or
-misspelt questions are often wrong. Some capitals are disputed or share their office with another city; it repeats the
-table.
+outside the phrasings of its kind, and its answers to longer or misspelt questions are often wrong. Known weak spots:
+"Is Paris the capital of France?" (the sentence is right, its yes or no is a guess), abbreviations in lower case ("usa"),
+very terse forms of similar names ("north korea capital"), invented names that resemble a real one, and stories, which
+rarely take the animal that was asked for. It reads system messages but does not follow them. Some capitals are disputed
+or share their office with another city; it repeats the table.
 
 **Chat format.** `<|user|>question<|end|><|assistant|>answer<|end|>`, an optional `<|system|>text<|end|>` first. The
 end-of-sequence token is `<|end|>`. The template breaks up `<|` inside a message, so that no message contains a control
@@ -393,10 +396,11 @@ token.
 ## Evaluation
 
 Greedy decoding, the weights as stored (fp16). The phrasings and names called held-out or invented occur nowhere in the
-training text, which `corpus.check_held_out` asserts in every training. "Plain", "sloppy" and "terse" questions, sums
-and differences without "held-out" in their name are phrasings of the training text. The command:
-`python scripts/demo_model/evaluate.py` (through the engine), or `python scripts/demo_model/train.py --check`
-(the same questions through PyTorch, the source of this table).
+training text, which `corpus.check_held_out` asserts in every training. The results with the five numbered phrasings
+guided the wording of the training text while it was written; the "fresh" ones were looked at only once, at the end.
+"Plain", "sloppy" and "terse" questions, sums and differences without "held-out" in their name are phrasings of the
+training text. The command: `python scripts/demo_model/evaluate.py` (through the engine), or
+`python scripts/demo_model/train.py --check` (the same questions through PyTorch, the source of this table).
 
 {table}
 """
