@@ -1,11 +1,12 @@
 """Prefill and decode speed of the NumPy runner, as ratios to a plain NumPy GPT-2 in the same run.
 
-    python benchmarks/numpy_runner.py [--layers 12] [--width 768] [--threads 2] [--rounds 5] [--cpu-time]
+    python benchmarks/numpy_runner.py [--layers 12] [--width 768] [--threads 2] [--rounds 5] [--cpu-time] [--transformers]
 
 Builds a random GPT-2 of that size (the default is GPT-2 small, 124 million parameters) in a temporary
 directory. `plain` is what one writes first: one sequence, a contiguous cache, the textbook formulas.
 Each number is the best of the rounds; the two take turns, so that a busy machine slows both. On a machine that
 others use, `--threads 1 --cpu-time` counts the time that the process ran instead of the time that passed.
+`--transformers` lets transformers (torch, float32) take its turns too, one sequence and a batch of 8.
 """
 
 from __future__ import annotations
@@ -110,6 +111,31 @@ class Plain:
         return self.norm(x[-1:], "ln_f") @ self.w["wte.weight"].T
 
 
+class Transformers:
+    """The same model in transformers: a prompt that fills the cache of n sequences, then tokens one by one."""
+
+    def __init__(self, directory: Path, threads: int | None) -> None:
+        import torch
+        import transformers
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._torch = torch
+        self._model = transformers.GPT2LMHeadModel.from_pretrained(directory).eval()
+
+    def forward(self, tokens: np.ndarray, cache: object = None) -> object:
+        """tokens (n, T) -> the cache."""
+        with self._torch.no_grad():
+            return self._model(
+                self._torch.from_numpy(tokens.astype(np.int64)), past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).past_key_values
+
+    def decode(self, cache: object, tokens: np.ndarray, n: int) -> None:
+        """One step per token of `tokens`, for n sequences; the cache grows."""
+        for token in tokens:
+            self.forward(np.full((n, 1), token), cache)
+
+
 class Paged:
     """The runner, driven by hand: every sequence has its blocks, dealt out in turns as an engine does."""
 
@@ -134,6 +160,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--transformers", action="store_true")
     args = parser.parse_args()
     clock = time.process_time if args.cpu_time else time.perf_counter
     tokens = np.random.default_rng(1).integers(0, VOCAB, 1024).astype(np.int32)
@@ -169,6 +196,7 @@ def main() -> None:
         def decode(n: int) -> list[np.ndarray]:
             return [batches[n].step(tokens[: i + 1], i, range(n)) for i in steps]
 
+        peer = Transformers(Path(name), args.threads) if args.transformers else None
         for _ in range(args.rounds):
             plain.reset()
             timed("plain prefill", lambda: plain.forward(tokens[:PROMPT], 0))
@@ -176,16 +204,24 @@ def main() -> None:
             timed("plain decode", lambda: [plain.forward(tokens[i : i + 1], i) for i in steps])
             for n in batches:
                 timed(f"decode {n}", partial(decode, n))
-        for kind, work, names in (
-            ("prefill", PROMPT, ["prefill"]),
-            ("decode", DECODE, [f"decode {n}" for n in batches]),
-        ):
+            if peer is not None:
+                for n in (1, 8):
+                    cache: list[object] = []
+                    timed(
+                        f"transformers prefill {n}",
+                        lambda n=n: cache.append(peer.forward(tokens[None, :PROMPT].repeat(n, 0))),
+                    )
+                    timed(
+                        f"transformers decode {n}",
+                        lambda n=n: peer.decode(cache[0], tokens[PROMPT : PROMPT + DECODE], n),
+                    )
+        for kind, work in (("prefill", PROMPT), ("decode", DECODE)):
             base = work / min(runs[f"plain {kind}"])
-            print(f"plain {kind:<20} {base:8.1f} tok/s")
-            for label in names:
-                num = int(label.split()[1]) if " " in label else 1
+            for label in (label for label in runs if kind in label):
+                num = int(label.split()[-1]) if label[-1].isdigit() else 1
                 speed = num * work / min(runs[label])
-                print(f"runner {label:<19} {speed:8.1f} tok/s  {speed / base:6.2f} x plain")
+                name = label if label.startswith(("plain", "transformers")) else f"runner {label}"
+                print(f"{name:<26} {speed:8.1f} tok/s  {speed / base:6.2f} x plain")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from nanovllm import __version__, errors, schema
-from nanovllm.cli import _COMMANDS, cli
+from nanovllm.cli import _COMMANDS, _PLUGIN_HELP, cli
 from nanovllm.config import Config, leaves, load
 from site_of_fakes import Install, fake_site
 
@@ -50,11 +50,16 @@ def test_help_names_every_command_and_exit_status() -> None:
     assert raised | {0, 130} == statuses
 
 
-@pytest.mark.parametrize("name", list(_COMMANDS))
-def test_every_command_of_the_table_has_that_help(name: str) -> None:
+HELP = {name: text for name, (_, text) in _COMMANDS.items()} | _PLUGIN_HELP
+
+
+@pytest.mark.parametrize("name", list(HELP))
+def test_every_command_of_ours_has_that_help(name: str) -> None:
+    if name in _PLUGIN_HELP:
+        pytest.importorskip("nanovllm_models")
     result = run(name, "--help")
     assert result.exit_code == 0
-    assert _COMMANDS[name][1] in result.stdout
+    assert HELP[name] in result.stdout
 
 
 def test_version() -> None:
@@ -250,3 +255,15 @@ def test_config_errors_end_with_status_2() -> None:
     result = run("config", "show", "--set", "scheduler.max_num_seq=4")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == "error: unknown key 'scheduler.max_num_seq' (--set); did you mean 'max_num_seqs'?\n"
+
+
+# ------------------------------------------------------------------------------------------- the page
+
+
+def test_every_command_of_this_project_is_on_the_page_of_commands() -> None:
+    from nanovllm.plugins import discover
+    from support import REPO
+
+    ours = {*_COMMANDS, *(f.name for f in discover("commands") if f.distribution.startswith("nanovllm"))}
+    page = (REPO / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^## (.+)$", page, re.MULTILINE)) == ours

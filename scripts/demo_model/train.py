@@ -3,9 +3,10 @@
     python scripts/demo_model/train.py [--steps N] [--out DIR]
 
 Makes the text (`corpus.py`), trains a byte-level BPE tokenizer on it, trains a small
-GPT-2 on the CPU, rounds it to fp16, writes the directory, and evaluates exactly the
-weights that were written (`evaluate.py`). Deterministic for one version of the libraries
-and one kind of processor: fixed seeds, two threads, deterministic algorithms.
+GPT-2 on the CPU (bfloat16 products, float32 weights), rounds it to fp16, writes the
+directory, and evaluates exactly the weights that were written (`evaluate.py`).
+Deterministic for one version of the libraries and one kind of processor: fixed seeds,
+two threads, deterministic algorithms.
 """
 
 from __future__ import annotations
@@ -384,10 +385,10 @@ templated little story; say what it is. Plain texts such as "The capital city of
 
 **What it cannot do.** Everything else. It declines most other questions, it is no source of facts, its English ends
 outside the phrasings of its kind, and its answers to longer or misspelt questions are often wrong. Known weak spots:
-"Is Paris the capital of France?" (the sentence is right, its yes or no is a guess), abbreviations in lower case ("usa"),
-very terse forms of similar names ("north korea capital"), invented names that resemble a real one, and stories, which
-rarely take the animal that was asked for. It reads system messages but does not follow them. Some capitals are disputed
-or share their office with another city; it repeats the table.
+"Is Paris the capital of France?" (the sentence is right, its yes or no is a guess), abbreviations in lower case
+("usa"), very terse forms of similar names ("north korea capital"), invented names that resemble a real one,
+and stories, which rarely take the animal that was asked for. It reads system messages but does not follow them. Some
+capitals are disputed or share their office with another city; it repeats the table.
 
 **Chat format.** `<|user|>question<|end|><|assistant|>answer<|end|>`, an optional `<|system|>text<|end|>` first. The
 end-of-sequence token is `<|end|>`. The template breaks up `<|` inside a message, so that no message contains a control

@@ -19,17 +19,24 @@ from ..errors import NanoVLLMError
 # name -> (module:attribute, one line of help)
 _COMMANDS = {
     "ask": ("nanovllm.cli.ask:ask", "Ask one or more questions and print the answers."),
+    "bench": ("nanovllm.cli.bench:bench", "Measure speed, latencies, engine overhead and memory."),
+    "chat": ("nanovllm.cli.chat:chat", "Talk with the model."),
     "config": ("nanovllm.cli.config:config", "Show, check and describe the configuration."),
     "generate": ("nanovllm.cli.generate:generate", "Continue a text."),
+    "logits": ("nanovllm.cli.logits:logits", "Show the likeliest next tokens."),
     "plugins": ("nanovllm.cli.plugins:plugins", "List the installed plugins, or show one."),
 }
 # Help for commands of this project's own plugins; anybody else's shows its distribution's summary.
-_PLUGIN_HELP = {"demo": "Small demonstrations with the embedded model."}
+_PLUGIN_HELP = {
+    "demo": "Small demonstrations with the embedded model.",
+    "inspect": "Describe a model.",
+    "pull": "Download a model.",
+}
 
 _EPILOG = """\b
 Exit status:
   0    success
-  1    an unexpected error (run again with --debug)
+  1    an unexpected error (run again with --debug); of `logits`: another token than expected
   2    wrong usage, configuration or request
   3    a plugin is missing, broken or out of date
   4    the model or the tokenizer cannot be used

@@ -1,0 +1,105 @@
+"""Which files of a model directory are present, missing or unexpected, by their names alone. Opens none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from . import model_info
+from .checkpoint import INDEX, SINGLE
+
+# Names of files -> what they are good for.
+KNOWN = {
+    "config.json": "architecture",
+    SINGLE: "weights",
+    "model-*-of-*.safetensors": "weights",
+    INDEX: "index of the weights",
+    "*.onnx": "ONNX graph",
+    "*.onnx_data*": "data of an ONNX graph",
+    "*.onnx.data": "data of an ONNX graph",
+    "tokenizer.json": "tokenizer",
+    "tokenizer.model": "tokenizer (SentencePiece)",
+    "*.tiktoken": "tokenizer (tiktoken)",
+    "vocab.json": "tokenizer, with merges.txt",
+    "merges.txt": "tokenizer, with vocab.json",
+    "tokenizer_config.json": "special tokens, chat template",
+    "special_tokens_map.json": "special tokens",
+    "added_tokens.json": "special tokens",
+    "chat_template.jinja": "chat template",
+    "chat_template.json": "chat template",
+    "generation_config.json": "sampling defaults, end tokens",
+    model_info.FILE_NAME: "facts for runners without config.json",
+    "README*": "for people",
+    "MODEL_CARD*": "for people",
+    "LICENSE*": "for people",
+    "NOTICE*": "for people",
+    ".gitattributes": "git",
+    "__init__.py": "nothing: it is never run",
+}
+# One of each line must be there, or what is said holds.
+NEEDED = (
+    (("config.json", "*.onnx"), "error", "the architecture is not known without it; download the model again"),
+    ((SINGLE, INDEX, "*.onnx"), "error", "there is nothing to run; download the model again"),
+    (
+        ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken"),
+        "error",
+        "text cannot become tokens; copy it from the original, or set tokenizer.path",
+    ),
+    (("tokenizer_config.json",), "note", "special tokens and the chat template are what the tokenizer's file says"),
+    (("generation_config.json",), "note", "end tokens are taken from config.json"),
+    ((model_info.FILE_NAME,), "note", "its facts are taken from config.json"),
+)
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    kind: str  # "error": the model cannot be used so; "note": it can
+    what: str
+    remedy: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFile:
+    name: str
+    size: int  # bytes
+    use: str | None  # None: unexpected
+
+
+def files_of(directory: Path) -> list[FoundFile]:
+    """The files of the directory and of those in it, without caches, sorted by name."""
+    found = []
+    for path in sorted((*directory.glob("*"), *directory.glob("*/*"))):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and not name.startswith((".cache/", ".git/", "__pycache__/")):
+            use = next((KNOWN[pattern] for pattern in KNOWN if fnmatchcase(name, pattern)), None)
+            found.append(FoundFile(name, path.stat().st_size, use))
+    return found
+
+
+def look_for_missing(files: Sequence[FoundFile]) -> tuple[list[str], list[Finding]]:
+    """The names that should be there, and what follows from their absence."""
+    missing, findings = [], []
+    for patterns, kind, consequence in NEEDED:
+        if not any(fnmatchcase(file.name, pattern) for file in files for pattern in patterns):
+            missing.append(patterns[0])
+            remark, _, remedy = consequence.partition("; ")
+            more = f" (nor {', '.join(patterns[1:])})" if patterns[1:] else ""
+            findings.append(Finding(kind, f"there is no {patterns[0]}{more}: {remark}", remedy or None))
+    return missing, findings
+
+
+def look_for_unexpected(files: Sequence[FoundFile]) -> list[Finding]:
+    return [_unexpected(file.name) for file in files if file.use is None]
+
+
+def _unexpected(name: str) -> Finding:
+    if name.endswith(".part"):
+        return Finding("note", f"{name} is an unfinished download", "run the `nanovllm pull` that began it again")
+    if name.endswith(PICKLED):
+        return Finding("note", f"{name} may hold pickled data, which is never read", "delete it to save space")
+    if name.endswith(".py"):
+        return Finding("note", f"{name} is a program, and nothing in a model directory is ever run")
+    return Finding("note", f"{name} is not read")
