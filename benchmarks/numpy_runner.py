@@ -1,6 +1,7 @@
 """Prefill and decode speed of the NumPy runner, as ratios to a plain NumPy GPT-2 in the same run.
 
-    python benchmarks/numpy_runner.py [--layers 12] [--width 768] [--threads 2] [--rounds 5] [--cpu-time] [--transformers]
+    python benchmarks/numpy_runner.py [--layers 12] [--width 768] [--threads 2] [--rounds 5] [--cpu-time]
+                                      [--transformers]
 
 Builds a random GPT-2 of that size (the default is GPT-2 small, 124 million parameters) in a temporary
 directory. `plain` is what one writes first: one sequence, a contiguous cache, the textbook formulas.
@@ -123,17 +124,21 @@ class Transformers:
         self._torch = torch
         self._model = transformers.GPT2LMHeadModel.from_pretrained(directory).eval()
 
-    def forward(self, tokens: np.ndarray, cache: object = None) -> object:
-        """tokens (n, T) -> the cache."""
-        with self._torch.no_grad():
-            return self._model(
-                self._torch.from_numpy(tokens.astype(np.int64)), past_key_values=cache, use_cache=True, logits_to_keep=1
-            ).past_key_values
+    def prefill(self, tokens: np.ndarray) -> None:
+        """tokens (n, T) into an empty cache."""
+        self._cache = None
+        self._forward(tokens)
 
-    def decode(self, cache: object, tokens: np.ndarray, n: int) -> None:
-        """One step per token of `tokens`, for n sequences; the cache grows."""
+    def decode(self, tokens: np.ndarray, num_seqs: int) -> None:
+        """One step per token; the cache grows."""
         for token in tokens:
-            self.forward(np.full((n, 1), token), cache)
+            self._forward(np.full((num_seqs, 1), token))
+
+    def _forward(self, tokens: np.ndarray) -> None:
+        ids = self._torch.from_numpy(tokens.astype(np.int64))
+        with self._torch.no_grad():
+            out = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._cache = out.past_key_values
 
 
 class Paged:
@@ -204,17 +209,9 @@ def main() -> None:
             timed("plain decode", lambda: [plain.forward(tokens[i : i + 1], i) for i in steps])
             for n in batches:
                 timed(f"decode {n}", partial(decode, n))
-            if peer is not None:
-                for n in (1, 8):
-                    cache: list[object] = []
-                    timed(
-                        f"transformers prefill {n}",
-                        lambda n=n: cache.append(peer.forward(tokens[None, :PROMPT].repeat(n, 0))),
-                    )
-                    timed(
-                        f"transformers decode {n}",
-                        lambda n=n: peer.decode(cache[0], tokens[PROMPT : PROMPT + DECODE], n),
-                    )
+            for n in (1, 8) if peer is not None else ():
+                timed(f"transformers prefill {n}", partial(peer.prefill, tokens[None, :PROMPT].repeat(n, 0)))
+                timed(f"transformers decode {n}", partial(peer.decode, tokens[PROMPT : PROMPT + DECODE], n))
         for kind, work in (("prefill", PROMPT), ("decode", DECODE)):
             base = work / min(runs[f"plain {kind}"])
             for label in (label for label in runs if kind in label):

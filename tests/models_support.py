@@ -9,6 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from nanovllm_models.config import Config
+from nanovllm_models.layout import stored_weights
 from nanovllm_models.registry import find_family
 
 LLAMA = {
@@ -36,22 +37,16 @@ def file_tensors(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
     """Random weights under the names, shapes and orientation of the family's files."""
     family = find_family(config["model_type"])
     spec = family.spec(Config(config, "config.json"))
-    shapes, rng = spec.shapes(), np.random.default_rng(seed)
-    tensors = {}
-    for template, modules in family.LAYOUT.items():
-        for i in range(spec.num_layers if "{i}" in template else 1):
-            names = [m.replace("{i}", str(i)) for m in ((modules,) if isinstance(modules, str) else modules)]
-            for kind in ("weight", "bias"):
-                if f"{names[0]}.{kind}" not in shapes:
-                    continue
-                parts = [shapes[f"{n}.{kind}"] for n in names]
-                shape = (sum(p[0] for p in parts), *parts[0][1:])
-                if kind == "weight" and template in family.TRANSPOSED:
-                    shape = shape[::-1]
-                values = rng.standard_normal(shape, dtype=np.float32) * np.float32(0.3)
-                if "norm" in names[0] and kind == "weight":
-                    values += 1
-                tensors[f"{template.replace('{i}', str(i))}.{kind}"] = values
+    rng = np.random.default_rng(seed)
+    tensors, written = {}, set()
+    for stored in stored_weights(family, spec):
+        if stored.names in written:  # under another name already
+            continue
+        written.add(stored.names)
+        values = rng.standard_normal(stored.shape, dtype=np.float32) * np.float32(0.3)
+        if "norm" in stored.names[0] and stored.file_name.endswith("weight"):
+            values += 1
+        tensors[stored.file_name] = values
     return tensors
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from model_cases import MODELS
 from models_support import GPT2, LLAMA, QWEN3, file_tensors, write_checkpoint
 from nanovllm.errors import ModelError, PluginError, UnsupportedModelError
 from nanovllm_models import load_checkpoint
@@ -78,6 +80,87 @@ def test_gpt2_weights_are_split_and_transposed(tmp_path):
             weights[f"layers.1.attn.{part}.bias"].to_float32(),
             tensors["transformer.h.1.attn.c_attn.bias"][24 * i : 24 * (i + 1)],
         )
+
+
+def test_grouped_qkv_is_taken_apart_head_by_head(tmp_path):
+    """Falcon 40B's order: for every kv head its query heads, its key, its value."""
+    config = {
+        "model_type": "falcon", "vocab_size": 11, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 6,
+        "num_kv_heads": 2, "new_decoder_architecture": True, "bias": True,
+    }  # fmt: skip
+    tensors = file_tensors(config)
+    weights = load_checkpoint(write_checkpoint(tmp_path, config, tensors)).weights
+    for kind in ("weight", "bias"):
+        fused = tensors[f"transformer.h.0.self_attention.query_key_value.{kind}"]
+        heads = fused.reshape(2, 5, 4, *fused.shape[1:])  # (kv head, q q q k v, head_size, ...)
+        for part, rows in (("q", heads[:, :3]), ("k", heads[:, 3]), ("v", heads[:, 4])):
+            tensor = weights[f"layers.0.attn.{part}.{kind}"]
+            wanted = rows.reshape(-1, *fused.shape[1:])
+            assert tensor.shape == wanted.shape
+            np.testing.assert_array_equal(tensor.to_float32(), wanted)
+            out = np.zeros(wanted.shape[::-1], np.float32).T
+            np.testing.assert_array_equal(tensor.to_float32(out), wanted)
+
+
+def test_experts_of_one_tensor_are_taken_apart(tmp_path):
+    config = LLAMA | {"model_type": "granitemoe", "num_local_experts": 3, "num_experts_per_tok": 2}
+    tensors = file_tensors(config)
+    weights = load_checkpoint(write_checkpoint(tmp_path / "a", config, tensors)).weights
+    for e in range(3):
+        name = "model.layers.1.block_sparse_moe"
+        gate, up = np.split(tensors[f"{name}.input_linear.weight"][e], 2)
+        for part, wanted in (("gate", gate), ("up", up), ("down", tensors[f"{name}.output_linear.weight"][e])):
+            np.testing.assert_array_equal(weights[f"layers.1.mlp.experts.{e}.{part}.weight"].to_float32(), wanted)
+    flat = tensors[f"{name}.input_linear.weight"].reshape(-1, 24)
+    with pytest.raises(ModelError, match=r"input_linear.weight has shape \[240, 24\].*asks for \[3, 80, 24\]"):
+        load_checkpoint(
+            write_checkpoint(tmp_path / "b", config, tensors | {f"{name}.input_linear.weight": flat.copy()})
+        )
+
+
+def test_a_norm_may_have_either_of_its_names_but_not_both(tmp_path):
+    """Falcon calls the norm before attention input_layernorm or ln_attn, by generation."""
+    config = {
+        "model_type": "falcon", "vocab_size": 11, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 6
+    }  # fmt: skip
+    tensors = file_tensors(config)
+    other = {name.replace("input_layernorm", "ln_attn"): tensor for name, tensor in tensors.items()}
+    first, second = (
+        load_checkpoint(write_checkpoint(tmp_path / d, config, t)).weights for d, t in (("a", tensors), ("b", other))
+    )
+    name = "layers.0.attn_norm.weight"
+    np.testing.assert_array_equal(first[name].array, second[name].array)
+    with pytest.raises(ModelError, match=r"hold transformer.h.0.ln_attn.bias, transformer.h.0.ln_attn.weight"):
+        load_checkpoint(write_checkpoint(tmp_path / "c", config, tensors | other))
+    lacking = {n: t for n, t in tensors.items() if "input_layernorm" not in n}
+    with pytest.raises(ModelError, match=r"lack transformer.h.0.input_layernorm.bias"):
+        load_checkpoint(write_checkpoint(tmp_path / "d", config, lacking))
+
+
+def test_a_tied_head_of_another_name_is_the_embedding_too(tmp_path):
+    config = LLAMA | {"model_type": "gpt_neox", "tie_word_embeddings": True, "rotary_pct": 1.0}
+    del config["num_key_value_heads"]
+    tensors = file_tensors(config)
+    tensors["embed_out.weight"] = tensors.pop("gpt_neox.embed_in.weight")
+    weights = load_checkpoint(write_checkpoint(tmp_path, config, tensors)).weights
+    np.testing.assert_array_equal(weights["embed.tokens.weight"].array, tensors["embed_out.weight"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_names_what_is_missing_extra_or_of_the_wrong_shape(tmp_path, name):
+    model_type, _, config = MODELS[name]
+    config = config | {"model_type": model_type}
+    tensors = file_tensors(config)
+    checkpoint = load_checkpoint(write_checkpoint(tmp_path / "ok", config, tensors))
+    assert checkpoint.num_parameters == checkpoint.spec.num_parameters
+    assert [t.shape for t in checkpoint.weights.values()] == list(checkpoint.spec.shapes().values())
+    victim = sorted(tensors)[-1]
+    cut = {n: (t[:-1] if n == victim else t) for n, t in tensors.items()}
+    gone = {n: t for n, t in tensors.items() if n != victim}
+    extra = tensors | {f"{victim}.more": np.zeros(1, np.float32)}
+    for broken, says in ((cut, "has shape"), (gone, f"lack {victim}"), (extra, f"hold {victim}.more")):
+        with pytest.raises(ModelError, match=re.escape(says)):
+            load_checkpoint(write_checkpoint(tmp_path / says.split()[0], config, broken))
 
 
 @pytest.mark.parametrize(("config", "prefix"), [(GPT2, "transformer."), (TIED, "model."), (QWEN3, "model.")])

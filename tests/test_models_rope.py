@@ -1,11 +1,12 @@
-"""Rotary frequencies of every rule equal transformers' own."""
+"""Rotary frequencies of every rule, and the biases of ALiBi, equal transformers' own."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from nanovllm_models import DynamicNTK, LongRope, Rotary, rotary_frequencies
+from nanovllm_models import Alibi, DynamicNTK, LongRope, Rotary, alibi_bias, rotary_frequencies
+from nanovllm_models.alibi import alibi_slopes
 from nanovllm_models.config import Config
 from nanovllm_models.registry import find_family
 
@@ -39,7 +40,7 @@ def test_equal_to_transformers(rule, length):
     oracle = transformers.LlamaConfig(**BASE, rope_parameters=dict(rule))
     wanted, wanted_factor = ROPE_INIT_FUNCTIONS[rule["rope_type"]](oracle, "cpu", seq_len=length)
     spec = find_family("llama").spec(Config(BASE | {"rope_parameters": rule}, "config.json"))
-    freqs, factor = rotary_frequencies(spec.positions, length)
+    freqs, factor = rotary_frequencies(spec.attention.rotary[0], length)
     np.testing.assert_allclose(freqs, wanted.numpy(), rtol=2e-6)
     assert factor == pytest.approx(wanted_factor)
 
@@ -52,3 +53,12 @@ def test_length_dependent_rules_change_exactly_at_the_original_length():
     long = Rotary(8, 10_000.0, LongRope((1.0,) * 4, (2.0,) * 4, 64, 1.0))
     np.testing.assert_array_equal(rotary_frequencies(long, 64)[0], plain)
     np.testing.assert_allclose(rotary_frequencies(long, 65)[0], plain / 2)
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 5, 6, 8, 32, 71, 128])
+def test_alibi_equals_transformers_to_the_bit(num_heads):
+    torch = pytest.importorskip("torch", reason="the oracle: pip install torch transformers")
+    falcon = pytest.importorskip("transformers.models.falcon.modeling_falcon", reason="the oracle: pip install torch")
+    wanted = falcon.build_alibi_tensor(torch.ones(1, 1000, dtype=torch.long), num_heads, torch.float32)
+    bias = alibi_bias(Alibi(alibi_slopes(num_heads)), 1000)
+    np.testing.assert_array_equal(bias, wanted[:, 0].numpy())

@@ -7,12 +7,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import model_cases
 from models_support import GPT2, LLAMA, QWEN2_WINDOW, QWEN3, write_checkpoint
 from nanovllm_runner_numpy import attention
 from numpy_support import Driver, make_runner
 
-MODELS = {"gpt2": GPT2, "llama": LLAMA, "qwen2-window": QWEN2_WINDOW, "qwen3": QWEN3}
-ROUNDING = {"rtol": 0, "atol": 2e-5}
+MODELS = {"gpt2": GPT2, "llama": LLAMA, "qwen2-window": QWEN2_WINDOW, "qwen3": QWEN3} | {
+    name: model_cases.MODELS[name][2]
+    | {"model_type": model_cases.MODELS[name][0], "max_position_embeddings": 128, "vocab_size": 61}
+    for name in (
+        "falcon-rw-alibi",
+        "gemma2",
+        "gemma3_text",
+        "gpt_neox",
+        "granitemoe-32-experts-top-8-tied",
+        "olmo2",
+        "phi-qk-norm-gqa-tied",
+        "qwen2_moe-window",
+        "smollm3-list-window-untied",
+    )
+}
+ROUNDING = {"rtol": 0, "atol": 5e-5}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -46,7 +61,7 @@ def test_any_order_of_blocks_gives_the_same_logits(runner):
 
 
 @given(data=st.data())
-@settings(max_examples=40)
+@settings(max_examples=12)
 def test_random_programs_equal_each_sequence_alone(runner, data):
     """Sequences of random lengths advance by random chunks in random company, over shuffled blocks that
     hold NaN from earlier owners."""
@@ -101,7 +116,7 @@ def test_one_sequence_with_nan_leaves_its_neighbours_alone(runner):
         pool.v[driver.tables[1]] = np.nan
     poisoned = driver.step(*((i, t, 19, 20, 1) for i, t in enumerate(tokens)))
     assert np.isnan(poisoned[1]).all()
-    np.testing.assert_array_equal(poisoned[[0, 2]], clean[[0, 2]])
+    np.testing.assert_allclose(poisoned[[0, 2]], clean[[0, 2]], **ROUNDING)  # experts lose a row: another product
     fill(runner, 0)
 
 

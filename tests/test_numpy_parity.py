@@ -7,42 +7,12 @@ import json
 import numpy as np
 import pytest
 
+from model_cases import FACTORS, LLAMA, MODELS, VOCAB
 from numpy_support import Driver, make_runner
 
 torch = pytest.importorskip("torch", reason="the oracle: pip install torch transformers")
 transformers = pytest.importorskip("transformers", reason="the oracle: pip install torch transformers")
 
-LLAMA = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-}
-GPT2 = {"vocab_size": 97, "n_positions": 64, "n_embd": 48, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
-QWEN3 = LLAMA | {"head_dim": 16}
-WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
-FACTORS = {"short_factor": [1.0, 1.1, 1.5, 2.0], "long_factor": [1.0, 3.0, 6.0, 9.0]}
-
-MODELS = {
-    "gpt2": ("GPT2", GPT2),
-    "gpt2-untied-exact-gelu": (
-        "GPT2",
-        GPT2 | {"tie_word_embeddings": False, "activation_function": "gelu", "n_inner": 56},
-    ),
-    "gpt2-unscaled-relu": ("GPT2", GPT2 | {"scale_attn_weights": False, "activation_function": "relu"}),
-    "llama": ("Llama", LLAMA),
-    "llama-tied-mha": ("Llama", LLAMA | {"tie_word_embeddings": True, "num_key_value_heads": 6}),
-    "llama-biases-head-dim": ("Llama", LLAMA | {"attention_bias": True, "mlp_bias": True, "head_dim": 12}),
-    "llama-mqa-gelu": ("Llama", LLAMA | {"num_key_value_heads": 1, "hidden_act": "gelu_pytorch_tanh"}),
-    "qwen2": ("Qwen2", LLAMA),
-    "qwen2-tied-window": ("Qwen2", LLAMA | WINDOW | {"tie_word_embeddings": True}),
-    "qwen3": ("Qwen3", QWEN3),
-    "qwen3-tied-bias-window": ("Qwen3", QWEN3 | WINDOW | {"tie_word_embeddings": True, "attention_bias": True}),
-}
 # Each with the max_model_len under which our fixed rotation is the one that transformers uses for 60 tokens.
 ROPES = {
     "default": ({"rope_type": "default"}, None),
@@ -70,10 +40,16 @@ ROPES = {
 }  # fmt: skip
 
 
+EXACT = {"rtol": 0, "atol": 1e-4}
+
+
 def build(family: str, path, **config):
     torch.manual_seed(0)
     kind = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
-    model = getattr(transformers, f"{family}{kind}")(getattr(transformers, f"{family}Config")(**config))
+    config_class = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
+    # eager knows soft caps, sdpa does not; but for Falcon, eager adds the ALiBi bias twice
+    implementation = "eager" if family == "Gemma2" else "sdpa"
+    model = getattr(transformers, f"{family}{kind}")(config_class(**config, attn_implementation=implementation))
     with torch.no_grad():  # biases and norm weights start as 0 and 1, which would hide mistakes
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name or "ln_" in name:
@@ -88,20 +64,32 @@ def reference(model, tokens) -> np.ndarray:
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(0, 97, length).tolist()
+    return np.random.default_rng(seed).integers(0, VOCAB, length).tolist()
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_family(name, tmp_path):
-    family, config = MODELS[name]
+    """Alone, chunked, in company, and on a prefix that another sequence computed: the logits of transformers."""
+    model_type, family, config = MODELS[name]
+    assert name.split("-")[0] == model_type
     model = build(family, tmp_path, **config)
     runner = make_runner(tmp_path)
-    for length in (1, 2, 37):
-        tokens = prompt(length)
-        np.testing.assert_allclose(Driver(runner).logits(tokens), reference(model, tokens), rtol=0, atol=1e-4)
-    tokens = prompt(9)
-    generated = Driver(runner).greedy(tokens, 20)
-    assert reference(model, tokens + generated)[8:-1].argmax(-1).tolist() == generated
+    long, short = prompt(37), prompt(5, seed=1)
+    wanted, wanted_short = reference(model, long), reference(model, short)
+    assert 0.1 < wanted.std() < 1e3  # the tolerance means something
+    np.testing.assert_allclose(Driver(runner).logits(long), wanted, **EXACT)
+    np.testing.assert_allclose(Driver(runner).logits(long, chunk=7), wanted, **EXACT)
+
+    driver = Driver(runner, list(range(64))[::-1])
+    driver.step((0, long, 0, 20, 0), (1, short, 0, 4, 0))
+    together = driver.step((0, long, 20, 37, 17), (1, short, 4, 5, 1))  # a chunk beside a decode
+    np.testing.assert_allclose(together, [*wanted[20:], wanted_short[4]], **EXACT)
+    driver.tables[2], branch = driver.tables[0][:5], long[:20] + short  # 5 whole blocks of 4 tokens, shared
+    rest = driver.step((2, branch, 20, 24, 4))
+    decoded = driver.step((2, branch, 24, 25, 1), (0, long, 36, 37, 1), (1, short, 4, 5, 1))  # a group of decodes
+    wanted_branch = reference(model, branch)
+    np.testing.assert_allclose(rest, wanted_branch[20:24], **EXACT)
+    np.testing.assert_allclose(decoded, [wanted_branch[24], wanted[36], wanted_short[4]], **EXACT)
 
 
 @pytest.mark.parametrize("name", ROPES)

@@ -28,8 +28,9 @@ def test_greedy_ids_of_real_models_are_exact(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["stories260k", "slm4096-gpt2", "random/gpt2", "random/qwen2", "random/qwen3", "random/llama-rope-llama3"],
-)
+    ["stories260k", "slm4096-gpt2", "random/gpt2", "random/qwen2", "random/qwen3", "random/llama-rope-llama3",
+     "random/mistral-swa", "random/phi3", "random/qwen3-moe"],
+)  # fmt: skip
 def test_logits(name):
     runner = make_runner(CHECKPOINTS / name)
     for case in cases(name):

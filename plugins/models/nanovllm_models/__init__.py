@@ -3,37 +3,30 @@
 No runtime here: see `nanovllm-runner-numpy` for one that interprets the result.
 """
 
+from .alibi import alibi_bias
 from .checkpoint import Checkpoint, load_checkpoint
 from .config import Config
+from .generation import Default
 from .model_info import ModelInfo
-from .registry import Family, known_architectures
+from .positions import Alibi, DynamicNTK, Linear, Llama3, LongRope, Rotary, Yarn
+from .registry import Family, known_architectures, refused_architectures
 from .rope import rotary_frequencies
-from .spec import (
-    ACTIVATIONS,
-    Attention,
-    DecoderSpec,
-    DynamicNTK,
-    FeedForward,
-    Learned,
-    Linear,
-    Llama3,
-    LongRope,
-    Norm,
-    Rotary,
-    Yarn,
-)
+from .spec import ACTIVATIONS, Attention, Block, DecoderSpec, Experts, FeedForward, Norm
 from .weights_file import Tensor, open_weights
 
 __all__ = [
     "ACTIVATIONS",
+    "Alibi",
     "Attention",
+    "Block",
     "Checkpoint",
     "Config",
     "DecoderSpec",
+    "Default",
     "DynamicNTK",
+    "Experts",
     "Family",
     "FeedForward",
-    "Learned",
     "Linear",
     "Llama3",
     "LongRope",
@@ -42,8 +35,10 @@ __all__ = [
     "Rotary",
     "Tensor",
     "Yarn",
+    "alibi_bias",
     "known_architectures",
     "load_checkpoint",
     "open_weights",
+    "refused_architectures",
     "rotary_frequencies",
 ]

@@ -7,24 +7,22 @@ or imported from the directory, and no tensor's data is read: weights are views 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from nanovllm.errors import ModelError, UnsupportedModelError
 
-from . import model_info
+from . import generation, model_info
 from .config import Config
 from .files import find_file, read_json
+from .generation import Default, sampling_defaults, special_ids
+from .layout import canonical_weights, some
 from .model_info import ModelInfo
-from .registry import Family, find_family
+from .registry import find_family
 from .spec import DecoderSpec
-from .weights_file import FLOATS, Tensor, open_weights
+from .weights_file import Tensor, open_weights
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EXPECTED = f"config.json and {SINGLE} (or {INDEX} and its shards)"
@@ -39,6 +37,7 @@ class Checkpoint:
     info: ModelInfo
     eos_ids: tuple[int, ...]  # generation_config.json, else config.json, else model_info.json
     bos_id: int | None
+    sampling_defaults: Mapping[str, Default]  # what the files recommend; not applied
     dtype: str  # the weights' (most frequent) type in the file: float32, bfloat16, ...
 
     @property
@@ -96,40 +95,23 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
                 f"{directory / model_info.FILE_NAME}: {key} is {getattr(info, key)} but config.json says {wanted}",
                 hint=f"correct or delete {model_info.FILE_NAME}",
             )
-    eos_ids, bos_id = _special_ids(directory, values, info)
-    weights = _canonical(directory, family, spec, _open_all(directory))
+    generation_path = find_file(directory, generation.FILE_NAME)
+    sources = [(generation_path, read_json(generation_path))] if generation_path else []
+    sources.append((config_path, values))
+    ids_of_info = {"eos_token_id": info.eos_token_id, "bos_token_id": info.bos_token_id}
+    id_sources = [*sources, (directory / model_info.FILE_NAME, ids_of_info)]
+    weights = canonical_weights(directory, family, spec, _open_all(directory))
     [(dtype, _)] = Counter(t.dtype for t in weights.values()).most_common(1)
     return Checkpoint(
         path=directory,
         spec=spec,
         weights=weights,
         info=info,
-        eos_ids=eos_ids,
-        bos_id=bos_id,
+        eos_ids=special_ids(id_sources, "eos_token_id"),
+        bos_id=next(iter(special_ids(id_sources, "bos_token_id")), None),
+        sampling_defaults=sampling_defaults(sources),
         dtype=_DTYPE_NAMES[dtype],
     )
-
-
-def _special_ids(directory: Path, config: Mapping[str, Any], info: ModelInfo) -> tuple[tuple[int, ...], int | None]:
-    """eos ids and the bos id: the first file that names any wins."""
-    path = find_file(directory, "generation_config.json")
-    sources = [(path, read_json(path))] if path else []
-    sources.append((directory / "config.json", dict(config)))
-    sources.append(
-        (directory / model_info.FILE_NAME, {"eos_token_id": info.eos_token_id, "bos_token_id": info.bos_token_id})
-    )
-
-    def first(key: str) -> tuple[int, ...]:
-        for path, values in sources:
-            value = values.get(key)
-            ids = value if isinstance(value, list) else [] if value is None else [value]
-            if not all(type(i) is int and i >= 0 for i in ids):
-                raise ModelError(f"{path}: {key} is {value!r:.60}, not a token id or a list of them", hint="correct it")
-            if ids:
-                return tuple(dict.fromkeys(ids))
-        return ()
-
-    return first("eos_token_id"), next(iter(first("bos_token_id")), None)
 
 
 def _open_all(directory: Path) -> dict[str, Tensor]:
@@ -165,84 +147,5 @@ def _open_all(directory: Path) -> dict[str, Tensor]:
             tensors[name] = tensor
     lacking = sorted(weight_map.keys() - tensors.keys())
     if lacking:
-        raise ModelError(f"{index_path} names {_some(lacking)}, which the shards lack", hint="download the model again")
+        raise ModelError(f"{index_path} names {some(lacking)}, which the shards lack", hint="download the model again")
     return tensors
-
-
-def _canonical(directory: Path, family: Family, spec: DecoderSpec, files: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Canonical name -> tensor: prefixes, splits, transposes and ties as the family declares them.
-
-    Raises ModelError naming the tensors that are missing, unexpected or of the wrong shape or type.
-    """
-    shapes, prefix = spec.shapes(), family.PREFIX
-    bare = not any(name.startswith(prefix) for name in files)  # saved from the base model, without its prefix
-    expected: dict[str, tuple[str, ...]] = {}  # file name -> canonical names
-    transposed: set[str] = set()
-    for template, modules in family.LAYOUT.items():
-        for i in range(spec.num_layers if "{i}" in template else 1):
-            stem = template.replace("{i}", str(i))
-            parts = [m.replace("{i}", str(i)) for m in ((modules,) if isinstance(modules, str) else modules)]
-            for kind in ("weight", "bias"):
-                if f"{parts[0]}.{kind}" in shapes:
-                    file_name = f"{stem.removeprefix(prefix) if bare else stem}.{kind}"
-                    expected[file_name] = tuple(f"{part}.{kind}" for part in parts)
-                    if kind == "weight" and template in family.TRANSPOSED:
-                        transposed.add(file_name)
-
-    if spec.tied_embeddings:
-        files = _tie(directory, files, next(f for f, names in expected.items() if names == ("embed.tokens.weight",)))
-    missing = sorted(expected.keys() - files.keys())
-    unexpected = sorted(
-        name for name in files.keys() - expected.keys() if not re.fullmatch(family.IGNORED, name.removeprefix(prefix))
-    )
-    if missing or unexpected:
-        parts = ([f"lack {_some(missing)}"] if missing else []) + (
-            [f"hold {_some(unexpected)}, which this architecture does not have"] if unexpected else []
-        )
-        raise ModelError(
-            f"the weights in {directory} do not fit a {spec.architecture} model: they {' and '.join(parts)}",
-            hint="check that config.json belongs to these weights",
-        )
-
-    weights: dict[str, Tensor] = {}
-    for file_name, names in expected.items():
-        tensor = files[file_name].T if file_name in transposed else files[file_name]
-        rows = [shapes[name][0] for name in names]
-        whole = (sum(rows), *shapes[names[0]][1:])
-        if tensor.shape != whole:
-            stored = whole[::-1] if file_name in transposed else whole
-            raise ModelError(
-                f"the weights in {directory}: {file_name} has shape {list(files[file_name].shape)} where config.json "
-                f"asks for {list(stored)}",
-                hint="check that config.json belongs to these weights",
-            )
-        if tensor.dtype not in FLOATS:
-            raise UnsupportedModelError(
-                f"the weights in {directory}: {file_name} is stored as {tensor.dtype}",
-                hint=f"use an unquantised checkpoint ({', '.join(FLOATS)})",
-            )
-        start = 0
-        for name, size in zip(names, rows, strict=True):
-            weights[name] = tensor.rows(start, start + size)
-            start += size
-    return {name: weights[name] for name in shapes}
-
-
-def _tie(directory: Path, files: dict[str, Tensor], embedding: str) -> dict[str, Tensor]:
-    """One embedding out of either name or both; refused if both are there and differ."""
-    files = dict(files)
-    head = files.pop("lm_head.weight", None)
-    if head is None:
-        return files
-    other = files.setdefault(embedding, head)
-    if other.dtype != head.dtype or not np.array_equal(other.array, head.array):
-        raise ModelError(
-            f"config.json of {directory} ties the embeddings, but {embedding} and lm_head.weight differ",
-            hint='set "tie_word_embeddings": false in config.json if the weights are right',
-        )
-    return files
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more

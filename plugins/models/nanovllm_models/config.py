@@ -26,7 +26,8 @@ IRRELEVANT = frozenset(
     finetuning_task id2label initializer_range keys_to_ignore_at_inference label2id model_type name_or_path
     pad_token_id pretraining_tp problem_type resid_pdrop sep_token_id task_specific_params tokenizer_class
     torch_dtype torchscript transformers_version unsloth_fixed unsloth_version use_cache
-    attention_dropout attn_pdrop hidden_dropout
+    attention_dropout attn_pdrop hidden_dropout classifier_dropout embedding_dropout residual_dropout
+    output_router_logits router_aux_loss_coef router_jitter_noise cache_implementation
     summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
     bad_words_ids begin_suppress_tokens decoder_start_token_id diversity_penalty do_sample early_stopping
     encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id
@@ -49,6 +50,10 @@ class Config:
         """The value as it stands, or None if absent or null."""
         self._read.add(key)
         return self._values.get(key)
+
+    def __contains__(self, key: str) -> bool:
+        """Is the key there, null included? For keys whose absence and whose null mean different things."""
+        return key in self._values
 
     def integer(self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_INT) -> int:
         """A whole number. Without a default the key is required."""
@@ -106,6 +111,9 @@ class Config:
                 raise self.unsupported(
                     key, value, "if it changes nothing in the forward pass, delete the key from the file"
                 )
+
+    def contradiction(self, what: str) -> ModelError:
+        return ModelError(f"{self.where}: {what}", hint="correct or restore the file")
 
     def unsupported(self, key: str, value: object, remedy: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{self.where}: {key} = {_show(value)} is not implemented", hint=remedy)

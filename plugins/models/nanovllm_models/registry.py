@@ -11,6 +11,7 @@ from typing import Protocol, cast
 from nanovllm.errors import PluginError, UnsupportedModelError
 
 from .config import Config
+from .families.refused import REFUSED
 from .spec import DecoderSpec
 
 GROUP = "nanovllm.models"
@@ -22,6 +23,7 @@ class Family(Protocol):
     PREFIX: str
     LAYOUT: dict[str, str | tuple[str, ...]]
     TRANSPOSED: frozenset[str]
+    GROUPED: frozenset[str]
     IGNORED: str
 
     def spec(self, config: Config) -> DecoderSpec: ...
@@ -31,6 +33,11 @@ def known_architectures() -> list[str]:
     return sorted(entry_points(group=GROUP).names)
 
 
+def refused_architectures() -> dict[str, str]:
+    """model_type -> why it is not implemented, for those that people bring and that no family provides."""
+    return {name: reason for name, reason in REFUSED.items() if name not in known_architectures()}
+
+
 def find_family(model_type: str) -> Family:
     """Import the family of a model_type.
 
@@ -38,6 +45,11 @@ def find_family(model_type: str) -> Family:
     cannot be imported.
     """
     found = {(e.value, e.dist.name if e.dist else "?"): e for e in entry_points(group=GROUP, name=model_type)}
+    if not found and model_type in REFUSED:
+        raise UnsupportedModelError(
+            f"the architecture {model_type!r} is not implemented: {REFUSED[model_type]}",
+            hint="use another model, or install a package that provides it in the entry-point group nanovllm.models",
+        )
     if not found:
         raise UnsupportedModelError(
             f"the architecture {model_type!r:.60} is not implemented (known: {', '.join(known_architectures())})",

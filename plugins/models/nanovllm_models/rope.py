@@ -15,7 +15,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from .spec import DynamicNTK, Linear, Llama3, LongRope, Rotary, Yarn
+from .positions import DynamicNTK, Linear, Llama3, LongRope, Rotary, Yarn
 
 FloatArray = NDArray[np.float32]
 

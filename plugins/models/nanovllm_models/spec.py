@@ -1,21 +1,41 @@
 """What a decoder IS, as frozen data: the contract that every runtime reads.
 
 The NumPy runner interprets a `DecoderSpec`, a graph emitter or a module builder translates it. The
-forward pass that it stands for, for token ids at positions p (all `@` in the sense of x @ W.T):
+forward pass that it stands for, for token ids at positions p (all modules in the sense of x @ W.T + b):
 
-    x = embed.tokens[ids] (+ embed.positions[p])
-    for each layer:
-        h = attn_norm(x);  q, k, v = attn.{q,k,v}(h);  q, k = q_norm(q), k_norm(k), then rotated by p
-        x = x + attn.out(softmax(scale * q k^T, causal and inside the layer's window) v)
-        h = mlp_norm(x);   x = x + mlp.down(act(mlp.gate(h)) * mlp.up(h))      or down(act(up(h)))
-    logits = lm_head(final_norm(x))                        lm_head is embed.tokens when tied
+    x = embed.tokens[ids] * embedding_scale (+ embed.positions[p])
+    for each layer i:
+        h = attn_norm(x)                                            if block.pre_norms, else x
+        a = residual_scale * attn_post_norm(attention(h))           attn_post_norm if block.post_norms
+        if block.parallel:
+            f = residual_scale * mlp_post_norm(mlp(mlp_norm(x)))    mlp(h) if block.shared_norm
+            x = x + a + f
+        else:
+            x = x + a
+            x = x + residual_scale * mlp_post_norm(mlp(mlp_norm(x)))    norms as above
+    logits = lm_head(final_norm(x)) * logits_scale                  lm_head is embed.tokens when tied
+    logits = cap(logits, logits_soft_cap)
+
+    attention(h):
+        q, k, v = attn.q(h), attn.k(h), attn.v(h)
+        q, k = q_norm(q), k_norm(k), then rotated by p              where qk_norm and rotary[i] say so
+        scores = cap(scale * (q k^T + alibi), soft_cap)             alibi: a bias of every key position
+        attn.out(softmax(scores, causal and inside windows[i]) v)
+
+    mlp(h), mlps[i] a FeedForward:   down(act(gate(h)) * up(h))     or down(act(up(h)))
+    mlp(h), mlps[i] an Experts:
+        p = softmax(router(h)); the top_k experts e of p            equal ones: the lowest index first
+        sum over e of p[e] * experts.e(h)                           p[e] / sum of them if normalised
+        + shared(h) * sigmoid(shared_gate(h))                       where there is a shared expert
+
+    cap(x, c) = c * tanh(x / c), or x without c
 
 `DecoderSpec.shapes()` lists every weight under its canonical name. Canonical orientation: a linear
 weight is (out, in), an embedding (num, hidden); heads lie one after another in the rows of q, k
 and v, and rotary pairs are (j, j + dim/2) inside a head ("rotate half").
 
 This file knows no file format, no config key and no runtime. A field exists only if a family sets
-it and the NumPy runner computes it.
+it and the NumPy runner computes it; a default is the plain case that most families have.
 """
 
 from __future__ import annotations
@@ -23,78 +43,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from .positions import Alibi, Rotary
+
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")  # gelu is the exact one, by erf
 NORMS = ("layer", "rms")  # layer: mean removed, weight and bias; rms: weight only
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """Every frequency divided by `factor` (kaiokendev)."""
-
-    factor: float
-
-
-@dataclass(frozen=True, slots=True)
-class DynamicNTK:
-    """The base grows with the length, from `original_len` on (arXiv:2306.15595 and bloc97's NTK)."""
-
-    factor: float
-    original_len: int  # positions the model was trained on
-
-
-@dataclass(frozen=True, slots=True)
-class Yarn:
-    """High frequencies kept, low ones divided by `factor`, a ramp between (arXiv:2309.00071)."""
-
-    factor: float
-    original_len: int
-    beta_fast: float  # rotations over original_len above which a frequency is kept
-    beta_slow: float  # rotations below which it is divided
-    truncate: bool  # round the ramp's ends to whole dimensions
-    attention_factor: float  # multiplies cos and sin
-
-
-@dataclass(frozen=True, slots=True)
-class LongRope:
-    """One divisor per frequency, from one of two lists (arXiv:2402.13753)."""
-
-    short_factors: tuple[float, ...]  # (dim / 2,) for lengths up to original_len
-    long_factors: tuple[float, ...]  # (dim / 2,) beyond
-    original_len: int
-    attention_factor: float  # multiplies cos and sin
-
-
-@dataclass(frozen=True, slots=True)
-class Llama3:
-    """Wavelengths above original_len / low_freq_factor divided by `factor`, a ramp below (Llama 3.1)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_len: int
-
-
-Scaling = Linear | DynamicNTK | Yarn | LongRope | Llama3
-
-
-@dataclass(frozen=True, slots=True)
-class Learned:
-    """A table of `max_positions` rows, added to the token embedding."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rotary:
-    """The first `dim` numbers of every q and k head are rotated by the position."""
-
-    dim: int  # even, <= head_size
-    theta: float  # base wavelength
-    scaling: Scaling | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
     kind: str  # one of NORMS
     eps: float
+    unit_offset: bool = False  # multiplies by 1 + weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +64,11 @@ class Attention:
     scale: float  # multiplies q k^T
     qkv_bias: bool
     out_bias: bool
-    qk_norm: Norm | None  # over each head of q and k, before the rotation
+    qk_norm: Norm | None = None  # over each head of q and k, before the rotation
+    qk_norm_whole: bool = False  # ... over the whole of q and the whole of k instead
+    rotary: tuple[Rotary | None, ...]  # (num_layers,) None = not rotated
+    alibi: Alibi | None = None
+    soft_cap: float | None = None
     windows: tuple[int | None, ...]  # (num_layers,) position p sees (p - window, p]; None = all of [0, p]
 
 
@@ -118,22 +81,50 @@ class FeedForward:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """Many feed-forwards, of which a router picks a few for every token."""
+
+    num_experts: int
+    top_k: int  # experts per token, <= num_experts
+    normalised: bool  # the chosen experts' probabilities are scaled to sum to 1
+    expert: FeedForward  # each of them
+    shared: FeedForward | None = None  # one more that every token passes, times a gate of its own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """How attention and feed-forward of a layer are joined to the residual stream."""
+
+    parallel: bool = False  # both read the layer's input, instead of one after the other
+    shared_norm: bool = False  # parallel only: the feed-forward reads attn_norm(x) too, mlp_norm is absent
+    pre_norms: bool = True  # attn_norm and mlp_norm, on what goes in
+    post_norms: bool = False  # attn_post_norm and mlp_post_norm, on what comes out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderSpec:
     architecture: str  # model_type of config.json
     vocab_size: int
     hidden_size: int
     num_layers: int
     max_positions: int
-    positions: Learned | Rotary
+    learned_positions: bool = False  # a table of `max_positions` rows, added to the token embedding
     norm: Norm
+    block: Block = Block()
     attention: Attention
-    mlp: FeedForward
+    mlps: tuple[FeedForward | Experts, ...]  # (num_layers,)
     tied_embeddings: bool
+    lm_head_bias: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_scale: float = 1.0
+    logits_soft_cap: float | None = None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape of every weight, in the order of the forward pass."""
         shapes: dict[str, tuple[int, ...]] = {}
-        hidden, head = self.hidden_size, self.attention.head_size
+        hidden, attention, block = self.hidden_size, self.attention, self.block
+        q_size, kv_size = (n * attention.head_size for n in (attention.num_heads, attention.num_kv_heads))
 
         def linear(name: str, out: int, into: int, bias: bool) -> None:
             shapes[f"{name}.weight"] = (out, into)
@@ -145,27 +136,47 @@ class DecoderSpec:
             if norm.kind == "layer":
                 shapes[f"{name}.bias"] = (size,)
 
+        def feed_forward(name: str, mlp: FeedForward) -> None:
+            if mlp.gated:
+                linear(f"{name}.gate", mlp.size, hidden, mlp.bias)
+            linear(f"{name}.up", mlp.size, hidden, mlp.bias)
+            linear(f"{name}.down", hidden, mlp.size, mlp.bias)
+
         shapes["embed.tokens.weight"] = (self.vocab_size, hidden)
-        if isinstance(self.positions, Learned):
+        if self.learned_positions:
             shapes["embed.positions.weight"] = (self.max_positions, hidden)
-        for i in range(self.num_layers):
+        for i, mlp_spec in enumerate(self.mlps):
             attn, mlp = f"layers.{i}.attn", f"layers.{i}.mlp"
-            norm(f"{attn}_norm", self.norm, hidden)
-            linear(f"{attn}.q", self.attention.num_heads * head, hidden, self.attention.qkv_bias)
-            linear(f"{attn}.k", self.attention.num_kv_heads * head, hidden, self.attention.qkv_bias)
-            linear(f"{attn}.v", self.attention.num_kv_heads * head, hidden, self.attention.qkv_bias)
-            if self.attention.qk_norm is not None:
-                norm(f"{attn}.q_norm", self.attention.qk_norm, head)
-                norm(f"{attn}.k_norm", self.attention.qk_norm, head)
-            linear(f"{attn}.out", hidden, self.attention.num_heads * head, self.attention.out_bias)
-            norm(f"{mlp}_norm", self.norm, hidden)
-            if self.mlp.gated:
-                linear(f"{mlp}.gate", self.mlp.size, hidden, self.mlp.bias)
-            linear(f"{mlp}.up", self.mlp.size, hidden, self.mlp.bias)
-            linear(f"{mlp}.down", hidden, self.mlp.size, self.mlp.bias)
+            if block.pre_norms:
+                norm(f"{attn}_norm", self.norm, hidden)
+            linear(f"{attn}.q", q_size, hidden, attention.qkv_bias)
+            linear(f"{attn}.k", kv_size, hidden, attention.qkv_bias)
+            linear(f"{attn}.v", kv_size, hidden, attention.qkv_bias)
+            if attention.qk_norm is not None:
+                whole, head = attention.qk_norm_whole, attention.head_size
+                norm(f"{attn}.q_norm", attention.qk_norm, q_size if whole else head)
+                norm(f"{attn}.k_norm", attention.qk_norm, kv_size if whole else head)
+            linear(f"{attn}.out", hidden, q_size, attention.out_bias)
+            if block.post_norms:
+                norm(f"{attn}_post_norm", self.norm, hidden)
+            if block.pre_norms and not block.shared_norm:
+                norm(f"{mlp}_norm", self.norm, hidden)
+            if isinstance(mlp_spec, FeedForward):
+                feed_forward(mlp, mlp_spec)
+            else:
+                linear(f"{mlp}.router", mlp_spec.num_experts, hidden, False)
+                for e in range(mlp_spec.num_experts):
+                    feed_forward(f"{mlp}.experts.{e}", mlp_spec.expert)
+                if mlp_spec.shared is not None:
+                    feed_forward(f"{mlp}.shared", mlp_spec.shared)
+                    linear(f"{mlp}.shared_gate", 1, hidden, False)
+            if block.post_norms:
+                norm(f"{mlp}_post_norm", self.norm, hidden)
         norm("final_norm", self.norm, hidden)
         if not self.tied_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
+        if self.lm_head_bias:
+            shapes["lm_head.bias"] = (self.vocab_size,)
         return shapes
 
     @property

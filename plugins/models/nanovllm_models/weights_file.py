@@ -48,9 +48,13 @@ class Tensor:
     dtype: str  # key of DTYPES
     array: NDArray[Any]  # any strides; BF16 as uint16
     pages: tuple[mmap.mmap, int, int] | None  # the map and the whole tensor's [from, to) in it; None if empty
+    is_grouped: bool = False  # the array's first two axes together are the tensor's rows
 
     @property
     def shape(self) -> tuple[int, ...]:
+        if self.is_grouped:
+            groups, rows, *rest = self.array.shape
+            return (groups * rows, *rest)
         return self.array.shape
 
     @property
@@ -61,8 +65,18 @@ class Tensor:
     def T(self) -> Tensor:
         return Tensor(self.name, self.dtype, self.array.T, self.pages)
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        return Tensor(self.name, self.dtype, self.array[start:stop], self.pages)
+    def rows(self, start: int, stop: int, groups: int = 1) -> Tensor:
+        """Rows [start, stop), or of each of `groups` equal runs of rows that part of it which they are of the whole."""
+        if groups == 1:
+            return Tensor(self.name, self.dtype, self.array[start:stop], self.pages)
+        runs = self.array.reshape(groups, -1, *self.shape[1:])
+        return Tensor(self.name, self.dtype, runs[:, start // groups : stop // groups], self.pages, is_grouped=True)
+
+    def flat(self, num_axes: int) -> Tensor:
+        """Its last axes, the leading ones merged into the first of them."""
+        shape = self.shape
+        array = self.array.reshape(-1, *shape[len(shape) - num_axes + 1 :])
+        return Tensor(self.name, self.dtype, array, self.pages)
 
     def to_float32(self, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Widened into `out` (same shape, any strides), or into a new array.
@@ -74,6 +88,10 @@ class Tensor:
             out = np.empty(self.shape, np.float32)
         if out.shape != self.shape:
             raise ValueError(f"out has shape {out.shape}, the tensor {self.shape}")
+        if self.is_grouped:
+            for group, target in zip(self.array, out.reshape(self.array.shape), strict=True):
+                Tensor(self.name, self.dtype, group, self.pages).to_float32(target)
+            return out
         if self.array.ndim != 2:
             _widen(self.dtype, self.array, out)
             self._give_back()

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from nanovllm.batch import IntArray, Packed
 
 from .blas import Blas
-from .ops import FloatArray, softmax_
+from .ops import FloatArray, soft_cap_, softmax_
 
 SCRATCH = 524_288  # numbers of gathered K (and as many of V) per decode group: 2 MiB each
 SCORES = 262_144  # scores at once per prefill chunk: 1 MiB
@@ -63,6 +63,7 @@ class Decode:
 
     tokens: IntArray | slice  # (n,) which tokens of the step
     span: Span
+    begins: IntArray  # (n,) the position of each span's first column
     hidden: NDArray[np.bool_] | None  # (n, length) True = not to be seen; None = all is seen
     first_hidden: int  # columns [0, first_hidden) are seen by all
 
@@ -89,11 +90,26 @@ class Span:
         return out.reshape(n, m * row[0], *row[1:])[:, self.offset : self.offset + self.length]
 
 
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """What happens to q k^T of scaled q before the softmax, the same in all layers."""
+
+    soft_cap: float | None
+    bias: FloatArray | None  # (kv_heads, group, max_len): added for a key at a position
+
+    def apply_(self, scores: FloatArray, bias: FloatArray | None) -> None:
+        if bias is not None:
+            scores += bias
+        if self.soft_cap is not None:
+            soft_cap_(scores, self.soft_cap)
+
+
 @dataclass(frozen=True)
 class Plan:
     """How the tokens of one step attend, under one window."""
 
     window: int | None
+    scoring: Scoring
     prefills: list[Prefill]
     decodes: list[Decode]
     block_numbers: int  # in one block of K (or of V): block_size * kv_heads * head_size
@@ -106,7 +122,7 @@ class Plan:
         return np.empty(size, np.float32), np.empty(size, np.float32)
 
 
-def plan_attention(packed: Packed, window: int | None, pool: KVPool) -> Plan:
+def plan_attention(packed: Packed, window: int | None, pool: KVPool, scoring: Scoring) -> Plan:
     block_size, block_numbers = pool.k.shape[1], pool.k[0].size
     starts, stops = packed.positions[packed.q_start[:-1]], packed.kv_lens  # (S,)
     begins = np.zeros_like(starts) if window is None else np.maximum(starts - (window - 1), 0)
@@ -129,7 +145,7 @@ def plan_attention(packed: Packed, window: int | None, pool: KVPool) -> Plan:
         _decode(packed, group, begins[group], borders[group], block_size)
         for group in _groups(single, stops - borders, max(1, SCRATCH // block_numbers) * block_size)
     ]
-    return Plan(window, prefills, decodes, block_numbers)
+    return Plan(window, scoring, prefills, decodes, block_numbers)
 
 
 def _groups(members: NDArray[np.intp], lengths: IntArray, budget: int) -> Iterator[NDArray[np.intp]]:
@@ -146,7 +162,7 @@ def _decode(packed: Packed, group: NDArray[np.intp], begins: IntArray, borders: 
     tokens, stops = packed.q_start[group], packed.kv_lens[group]
     if len(group) == 1:
         span = _span(packed.tables[group], int(begins[0]), int(stops[0]), block_size)
-        return Decode(tokens, span, None, span.length)
+        return Decode(tokens, span, begins, None, span.length)
     length = int((stops - borders).max())
     columns = borders[:, None] // block_size + np.arange(-(-length // block_size), dtype=np.int32)
     tables = packed.tables[group]
@@ -155,7 +171,9 @@ def _decode(packed: Packed, group: NDArray[np.intp], begins: IntArray, borders: 
     hidden = (positions >= stops[:, None]) | (positions < begins[:, None])
     seen_by_all = np.flatnonzero(hidden.any(0))
     span = Span(np.maximum(blocks, 0), 0, length, False)
-    return Decode(tokens, span, hidden if len(seen_by_all) else None, int(seen_by_all[0]) if len(seen_by_all) else 0)
+    if not len(seen_by_all):
+        return Decode(tokens, span, borders, None, length)
+    return Decode(tokens, span, borders, hidden, int(seen_by_all[0]))
 
 
 def _span(table: IntArray, begin: int, stop: int, block_size: int) -> Span:
@@ -196,6 +214,8 @@ def _attend_prefill(plan: Plan, work: Prefill, q: FloatArray, pool: KVPool, out:
         low = work.begin if plan.window is None else max(start - (plan.window - 1), work.begin)
         left, right = low - work.begin, stop - work.begin  # columns of the span that this chunk can see
         scores = q[first:last].transpose(1, 2, 0, 3) @ k[..., left:right]  # (kv_heads, group, rows, columns)
+        bias = plan.scoring.bias
+        plan.scoring.apply_(scores, None if bias is None else bias[:, :, None, low:stop])
         rows, columns = np.arange(start, stop)[:, None], np.arange(low, stop)
         hidden = columns > rows
         if plan.window is not None:
@@ -210,6 +230,12 @@ def _attend_prefill(plan: Plan, work: Prefill, q: FloatArray, pool: KVPool, out:
 def _attend_decode(plan: Plan, work: Decode, q: FloatArray, pool: KVPool, out: FloatArray) -> None:
     k, v = work.span.read(pool.k, plan.scratch[0]), work.span.read(pool.v, plan.scratch[1])
     scores = q[work.tokens] @ k.transpose(0, 2, 3, 1)  # (n, kv_heads, group, length)
+    bias = plan.scoring.bias
+    if bias is not None:  # (n, kv_heads, group, length)
+        positions = work.begins[:, None] + np.arange(work.span.length, dtype=np.int32)
+        positions = np.minimum(positions, bias.shape[-1] - 1)  # a padded column may lie past the last; it is hidden
+        bias = bias[:, :, positions].transpose(2, 0, 1, 3)
+    plan.scoring.apply_(scores, bias)
     if work.hidden is not None:
         at = slice(work.first_hidden, None)
         np.copyto(scores[..., at], -np.inf, where=work.hidden[:, None, None, at])

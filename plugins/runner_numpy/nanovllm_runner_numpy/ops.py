@@ -107,6 +107,13 @@ ACTIVATIONS: dict[str, Callable[[FloatArray], None]] = {
 }
 
 
+def soft_cap_(x: FloatArray, cap: float) -> None:
+    """cap * tanh(x / cap)."""
+    x *= np.float32(1 / cap)
+    np.tanh(x, out=x)
+    x *= np.float32(cap)
+
+
 def softmax_(scores: FloatArray) -> FloatArray:
     """Turn the last axis into exp(score - max) and return the sums (..., 1); dividing is left to the caller.
 

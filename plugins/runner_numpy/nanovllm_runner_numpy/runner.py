@@ -20,6 +20,9 @@ from .model import Model
 from .ops import FloatArray
 
 DEFAULT_KV_BYTES = 2**30  # at most, where the configuration names neither a number of blocks nor bytes
+# A step of fewer multiplications (about a millisecond of one core) runs on one BLAS thread: a second one saves
+# little, and spins for its partner where the cores have other work, which has made such steps 40 times slower.
+SMALL_STEP = 50_000_000
 
 
 class NumpyRunner(LogitsRunner):
@@ -36,6 +39,7 @@ class NumpyRunner(LogitsRunner):
             )
         num_blocks = _num_blocks(spec, ctx.cache, ctx.max_num_seqs, max_model_len)
         self._blas, self._threads = Blas(), ctx.threads
+        self._num_parameters = checkpoint.num_parameters
         self._model = Model(spec, checkpoint.weights, max_model_len, self._blas)
         shape = (num_blocks, block_size, spec.attention.num_kv_heads, spec.attention.head_size)
         # zeros: the system hands out such pages when they are first written, so an unused pool costs nothing.
@@ -63,8 +67,9 @@ class NumpyRunner(LogitsRunner):
 
     def forward(self, packed: Packed) -> FloatArray:
         """Logits (R, vocab) float32 for `packed.rows`; K and V of all T tokens go into the pool."""
+        is_small = len(packed.input_ids) * self._num_parameters < SMALL_STEP
         # inf and NaN travel to the logits, where the sampler names the row that has them.
-        with self._blas.limit(self._threads), np.errstate(all="ignore"):
+        with self._blas.limit(1 if is_small else self._threads), np.errstate(all="ignore"):
             return self._model.forward(packed, self._pools)
 
     def close(self) -> None:
@@ -82,6 +87,7 @@ class NumpyRunner(LogitsRunner):
             "blocks": num_blocks,
             "blas": self._blas.name,
             "threads": self._threads or self._blas.threads,
+            "generation_defaults": {name: d._asdict() for name, d in checkpoint.sampling_defaults.items()},
         }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..config import MAX_LAYERS, Config
-from ..spec import Attention, DecoderSpec, FeedForward, Learned, Norm
+from ..spec import Attention, DecoderSpec, FeedForward, Norm
 from .shared import ACTIVATIONS, equal_share
 
 PREFIX = "transformer."
@@ -27,6 +27,7 @@ TRANSPOSED = frozenset(
         "transformer.h.{i}.mlp.c_proj",
     }
 )
+GROUPED: frozenset[str] = frozenset()
 IGNORED = r"h\.\d+\.attn\.(masked_)?bias"  # the causal mask, saved as a buffer
 
 
@@ -35,13 +36,19 @@ def spec(config: Config) -> DecoderSpec:
     heads = config.integer("n_head")
     size = equal_share(config, hidden, heads)
     config.get("n_ctx")  # an old twin of n_positions
+    mlp = FeedForward(
+        size=config.integer("n_inner", 4 * hidden),
+        activation=config.choice("activation_function", ACTIVATIONS, "gelu_new"),
+        gated=False,
+        bias=True,
+    )
     return DecoderSpec(
         architecture="gpt2",
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden,
         num_layers=layers,
         max_positions=config.integer("n_positions", 1024),
-        positions=Learned(),
+        learned_positions=True,
         norm=Norm("layer", config.number("layer_norm_epsilon", 1e-5)),
         attention=Attention(
             num_heads=heads,
@@ -50,14 +57,9 @@ def spec(config: Config) -> DecoderSpec:
             scale=size**-0.5 if config.boolean("scale_attn_weights", True) else 1.0,
             qkv_bias=True,
             out_bias=True,
-            qk_norm=None,
+            rotary=(None,) * layers,
             windows=(None,) * layers,
         ),
-        mlp=FeedForward(
-            size=config.integer("n_inner", 4 * hidden),
-            activation=config.choice("activation_function", ACTIVATIONS, "gelu_new"),
-            gated=False,
-            bias=True,
-        ),
+        mlps=(mlp,) * layers,
         tied_embeddings=config.boolean("tie_word_embeddings", True),
     )

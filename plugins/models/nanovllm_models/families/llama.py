@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..config import MAX_LAYERS, Config
-from ..spec import Attention, DecoderSpec, FeedForward, Norm
-from .shared import ACTIVATIONS, head_size, kv_heads, rotary
+from ..spec import Attention, DecoderSpec
+from .shared import gated_mlp, head_size, kv_heads, rms_norm, rotary
 
 PREFIX = "model."
 LAYOUT: dict[str, str | tuple[str, ...]] = {
@@ -22,6 +22,7 @@ LAYOUT: dict[str, str | tuple[str, ...]] = {
     "lm_head": "lm_head",
 }
 TRANSPOSED: frozenset[str] = frozenset()
+GROUPED: frozenset[str] = frozenset()
 IGNORED = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"  # a buffer of old files
 
 
@@ -31,14 +32,14 @@ def spec(config: Config) -> DecoderSpec:
     size = head_size(config, hidden, heads)
     positions, max_positions = rotary(config, size, config.integer("max_position_embeddings", 2048))
     bias = config.boolean("attention_bias", False)
+    mlp = gated_mlp(config, config.integer("intermediate_size"), bias=config.boolean("mlp_bias", False))
     return DecoderSpec(
         architecture="llama",
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden,
         num_layers=layers,
         max_positions=max_positions,
-        positions=positions,
-        norm=Norm("rms", config.number("rms_norm_eps", 1e-6)),
+        norm=rms_norm(config),
         attention=Attention(
             num_heads=heads,
             num_kv_heads=kv_heads(config, heads),
@@ -46,14 +47,9 @@ def spec(config: Config) -> DecoderSpec:
             scale=size**-0.5,
             qkv_bias=bias,
             out_bias=bias,
-            qk_norm=None,
+            rotary=(positions,) * layers,
             windows=(None,) * layers,
         ),
-        mlp=FeedForward(
-            size=config.integer("intermediate_size"),
-            activation=config.choice("hidden_act", ACTIVATIONS, "silu"),
-            gated=True,
-            bias=config.boolean("mlp_bias", False),
-        ),
+        mlps=(mlp,) * layers,
         tied_embeddings=config.boolean("tie_word_embeddings", False),
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..config import MAX_LAYERS, Config
-from ..spec import Attention, DecoderSpec, FeedForward, Norm
-from .shared import ACTIVATIONS, head_size, kv_heads, rotary, sliding_windows
+from ..spec import Attention, DecoderSpec
+from .shared import gated_mlp, head_size, kv_heads, rms_norm, rotary, sliding_windows
 
 PREFIX = "model."
 LAYOUT: dict[str, str | tuple[str, ...]] = {
@@ -22,6 +22,7 @@ LAYOUT: dict[str, str | tuple[str, ...]] = {
     "lm_head": "lm_head",
 }
 TRANSPOSED: frozenset[str] = frozenset()
+GROUPED: frozenset[str] = frozenset()
 IGNORED = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"  # a buffer of old files
 
 
@@ -36,8 +37,7 @@ def spec(config: Config) -> DecoderSpec:
         hidden_size=hidden,
         num_layers=layers,
         max_positions=max_positions,
-        positions=positions,
-        norm=Norm("rms", config.number("rms_norm_eps", 1e-6)),
+        norm=rms_norm(config),
         attention=Attention(
             num_heads=heads,
             num_kv_heads=kv_heads(config, heads),
@@ -45,14 +45,9 @@ def spec(config: Config) -> DecoderSpec:
             scale=size**-0.5,
             qkv_bias=True,
             out_bias=False,
-            qk_norm=None,
+            rotary=(positions,) * layers,
             windows=sliding_windows(config, layers),
         ),
-        mlp=FeedForward(
-            size=config.integer("intermediate_size"),
-            activation=config.choice("hidden_act", ACTIVATIONS, "silu"),
-            gated=True,
-            bias=False,
-        ),
+        mlps=(gated_mlp(config, config.integer("intermediate_size")),) * layers,
         tied_embeddings=config.boolean("tie_word_embeddings", False),
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..config import MAX_LAYERS, Config
-from ..spec import Attention, DecoderSpec, FeedForward, Norm
-from .shared import ACTIVATIONS, kv_heads, rotary, sliding_windows
+from ..spec import Attention, DecoderSpec
+from .shared import gated_mlp, kv_heads, rms_norm, rotary, sliding_windows
 
 PREFIX = "model."
 LAYOUT: dict[str, str | tuple[str, ...]] = {
@@ -24,6 +24,7 @@ LAYOUT: dict[str, str | tuple[str, ...]] = {
     "lm_head": "lm_head",
 }
 TRANSPOSED: frozenset[str] = frozenset()
+GROUPED: frozenset[str] = frozenset()
 IGNORED = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"  # a buffer of old files
 
 
@@ -32,14 +33,13 @@ def spec(config: Config) -> DecoderSpec:
     heads = config.integer("num_attention_heads")
     size = config.integer("head_dim", 128)
     positions, max_positions = rotary(config, size, config.integer("max_position_embeddings", 32_768))
-    norm, bias = Norm("rms", config.number("rms_norm_eps", 1e-6)), config.boolean("attention_bias", False)
+    norm, bias = rms_norm(config), config.boolean("attention_bias", False)
     return DecoderSpec(
         architecture="qwen3",
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden,
         num_layers=layers,
         max_positions=max_positions,
-        positions=positions,
         norm=norm,
         attention=Attention(
             num_heads=heads,
@@ -49,13 +49,9 @@ def spec(config: Config) -> DecoderSpec:
             qkv_bias=bias,
             out_bias=bias,
             qk_norm=norm,
+            rotary=(positions,) * layers,
             windows=sliding_windows(config, layers),
         ),
-        mlp=FeedForward(
-            size=config.integer("intermediate_size"),
-            activation=config.choice("hidden_act", ACTIVATIONS, "silu"),
-            gated=True,
-            bias=False,
-        ),
+        mlps=(gated_mlp(config, config.integer("intermediate_size")),) * layers,
         tied_embeddings=config.boolean("tie_word_embeddings", False),
     )

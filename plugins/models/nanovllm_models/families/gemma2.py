@@ -1,0 +1,69 @@
+"""Gemma 2: Gemma with norms before and after, soft caps, and a sliding window on every other layer."""
+
+from __future__ import annotations
+
+from ..config import MAX_LAYERS, Config
+from ..spec import Attention, Block, DecoderSpec, FeedForward, Norm
+from .shared import ACTIVATIONS, kv_heads, layer_types, rotary, soft_cap, window
+
+PREFIX = "model."
+LAYOUT: dict[str, str | tuple[str, ...]] = {
+    "model.embed_tokens": "embed.tokens",
+    "model.layers.{i}.input_layernorm": "layers.{i}.attn_norm",
+    "model.layers.{i}.self_attn.q_proj": "layers.{i}.attn.q",
+    "model.layers.{i}.self_attn.k_proj": "layers.{i}.attn.k",
+    "model.layers.{i}.self_attn.v_proj": "layers.{i}.attn.v",
+    "model.layers.{i}.self_attn.o_proj": "layers.{i}.attn.out",
+    "model.layers.{i}.post_attention_layernorm": "layers.{i}.attn_post_norm",
+    "model.layers.{i}.pre_feedforward_layernorm": "layers.{i}.mlp_norm",
+    "model.layers.{i}.mlp.gate_proj": "layers.{i}.mlp.gate",
+    "model.layers.{i}.mlp.up_proj": "layers.{i}.mlp.up",
+    "model.layers.{i}.mlp.down_proj": "layers.{i}.mlp.down",
+    "model.layers.{i}.post_feedforward_layernorm": "layers.{i}.mlp_post_norm",
+    "model.norm": "final_norm",
+    "lm_head": "lm_head",
+}
+TRANSPOSED: frozenset[str] = frozenset()
+GROUPED: frozenset[str] = frozenset()
+IGNORED = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"  # a buffer of old files
+
+
+def spec(config: Config) -> DecoderSpec:
+    hidden, layers = config.integer("hidden_size"), config.integer("num_hidden_layers", high=MAX_LAYERS)
+    heads = config.integer("num_attention_heads")
+    size = config.integer("head_dim", 256)
+    positions, max_positions = rotary(config, size, config.integer("max_position_embeddings", 8192))
+    bias = config.boolean("attention_bias", False)
+    width = window(config, 4096)
+    slides = layer_types(config, layers) or [i % 2 == 0 for i in range(layers)]
+    mlp = FeedForward(
+        size=config.integer("intermediate_size"),
+        activation=config.choice("hidden_activation", ACTIVATIONS, "gelu_pytorch_tanh"),
+        gated=True,
+        bias=False,
+    )
+    config.get("hidden_act")  # the old name, which is not read
+    return DecoderSpec(
+        architecture="gemma2",
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=hidden,
+        num_layers=layers,
+        max_positions=max_positions,
+        norm=Norm("rms", config.number("rms_norm_eps", 1e-6), unit_offset=True),
+        block=Block(post_norms=True),
+        attention=Attention(
+            num_heads=heads,
+            num_kv_heads=kv_heads(config, heads, default=4),
+            head_size=size,
+            scale=config.number("query_pre_attn_scalar", 256.0) ** -0.5,
+            qkv_bias=bias,
+            out_bias=bias,
+            soft_cap=soft_cap(config, "attn_logit_softcapping", 50.0),
+            rotary=(positions,) * layers,
+            windows=tuple(width if s else None for s in slides),
+        ),
+        mlps=(mlp,) * layers,
+        tied_embeddings=config.boolean("tie_word_embeddings", True),
+        embedding_scale=hidden**0.5,
+        logits_soft_cap=soft_cap(config, "final_logit_softcapping", 30.0),
+    )

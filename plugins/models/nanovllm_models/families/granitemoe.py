@@ -1,0 +1,62 @@
+"""Granite 3 MoE: Granite with many small experts in every layer, stored in one tensor."""
+
+from __future__ import annotations
+
+from ..config import MAX_LAYERS, Config
+from ..spec import Attention, DecoderSpec
+from .shared import experts, gated_mlp, head_size, kv_heads, rms_norm, rotary
+
+PREFIX = "model."
+LAYOUT: dict[str, str | tuple[str, ...]] = {
+    "model.embed_tokens": "embed.tokens",
+    "model.layers.{i}.input_layernorm": "layers.{i}.attn_norm",
+    "model.layers.{i}.self_attn.q_proj": "layers.{i}.attn.q",
+    "model.layers.{i}.self_attn.k_proj": "layers.{i}.attn.k",
+    "model.layers.{i}.self_attn.v_proj": "layers.{i}.attn.v",
+    "model.layers.{i}.self_attn.o_proj": "layers.{i}.attn.out",
+    "model.layers.{i}.post_attention_layernorm": "layers.{i}.mlp_norm",
+    "model.layers.{i}.block_sparse_moe.router.layer": "layers.{i}.mlp.router",
+    "model.layers.{i}.block_sparse_moe.input_linear": (
+        "layers.{i}.mlp.experts.{e}.gate",
+        "layers.{i}.mlp.experts.{e}.up",
+    ),
+    "model.layers.{i}.block_sparse_moe.output_linear": "layers.{i}.mlp.experts.{e}.down",
+    "model.norm": "final_norm",
+    "lm_head": "lm_head",
+}
+TRANSPOSED: frozenset[str] = frozenset()
+GROUPED: frozenset[str] = frozenset()
+IGNORED = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"  # a buffer of old files
+
+
+def spec(config: Config) -> DecoderSpec:
+    hidden, layers = config.integer("hidden_size"), config.integer("num_hidden_layers", high=MAX_LAYERS)
+    heads = config.integer("num_attention_heads")
+    size = head_size(config, hidden, heads)
+    positions, max_positions = rotary(config, size, config.integer("max_position_embeddings", 2048))
+    bias = config.boolean("attention_bias", False)
+    expert = gated_mlp(config, config.integer("intermediate_size"))
+    mlp = experts(config, expert, num_experts=8, top_k=2, normalised=True)
+    return DecoderSpec(
+        architecture="granitemoe",
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=hidden,
+        num_layers=layers,
+        max_positions=max_positions,
+        norm=rms_norm(config),
+        attention=Attention(
+            num_heads=heads,
+            num_kv_heads=kv_heads(config, heads),
+            head_size=size,
+            scale=config.number("attention_multiplier", 1.0),
+            qkv_bias=bias,
+            out_bias=bias,
+            rotary=(positions,) * layers,
+            windows=(None,) * layers,
+        ),
+        mlps=(mlp,) * layers,
+        tied_embeddings=config.boolean("tie_word_embeddings", False),
+        embedding_scale=config.number("embedding_multiplier", 1.0),
+        residual_scale=config.number("residual_multiplier", 1.0),
+        logits_scale=1 / config.number("logits_scaling", 1.0),
+    )
