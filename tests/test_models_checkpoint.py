@@ -287,6 +287,7 @@ def test_missing_directory_says_what_is_expected(tmp_path):
     with pytest.raises(ModelError) as error:
         load_checkpoint(tmp_path / "none")
     assert str(error.value).startswith(f"Model directory not found: {tmp_path / 'none'}")
+    assert f"nanovllm pull REPO --output {tmp_path / 'none'}" in str(error.value)
     assert "config.json" in str(error.value)
     assert "model.safetensors" in str(error.value)
 

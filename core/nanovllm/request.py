@@ -251,9 +251,7 @@ def _number(name: str, value: object, low: float, high: float, *, above: bool = 
     if type(value) not in (int, float) or value in (math.inf, -math.inf) or value != value:
         raise RequestError(f"{name} must be a finite number, not {show(value)}")
     if not low <= value <= high or (above and value == low):  # type: ignore[operator]
-        raise RequestError(
-            f"{name} must be {'above' if above else 'from'} {low} and at most {high}, not {show(value)}"
-        )
+        raise RequestError(f"{name} must be {'above' if above else 'from'} {low} and at most {high}, not {show(value)}")
 
 
 def _stops(value: object) -> tuple[str, ...]:

@@ -63,7 +63,10 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     """
     directory = Path(path)
     if not directory.is_dir():
-        raise ModelError(f"Model directory not found: {directory}", hint=f"expected a directory with {EXPECTED}")
+        raise ModelError(
+            f"Model directory not found: {directory}",
+            hint=f"expected a directory with {EXPECTED}; `nanovllm pull REPO --output {directory}` downloads one",
+        )
     config_path = find_file(directory, "config.json")
     if config_path is None:
         if find_file(directory, model_info.FILE_NAME):

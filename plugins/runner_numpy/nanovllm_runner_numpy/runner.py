@@ -21,7 +21,7 @@ from .ops import FloatArray
 
 DEFAULT_KV_BYTES = 2**30  # at most, where the configuration names neither a number of blocks nor bytes
 # A step of fewer multiplications (about a millisecond of one core) runs on one BLAS thread: a second one saves
-# little, and spins for its partner where the cores have other work, which has made such steps 40 times slower.
+# little, and spins waiting for its partner where the cores have other work, which makes such steps many times slower.
 SMALL_STEP = 50_000_000
 
 
