@@ -9,7 +9,9 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check
 NANOVLLM := $(VENV)/bin/nanovllm
 
-PLUGINS := plugins/models plugins/runner_numpy plugins/tokenizers
+# What the demo needs, and all.
+LIGHT_PLUGINS := plugins/models plugins/runner_numpy plugins/tokenizers
+PLUGINS := $(LIGHT_PLUGINS) plugins/runner_onnx
 PROJECTS := pyproject.toml $(PLUGINS:%=%/pyproject.toml)
 # Two stamps in .venv: the packages with what they need to run, and these with all that tests and checks need.
 LIGHT := $(VENV)/light.stamp
@@ -72,7 +74,7 @@ $(RUN):
 
 # One pip command each: only so does an extra of the root resolve to a plugin's directory and not to the index.
 $(LIGHT): $(PROJECTS) | $(RUN)
-	$(PIP) install -e '.[numpy]' $(PLUGINS:%=-e %)
+	$(PIP) install -e '.[numpy]' $(LIGHT_PLUGINS:%=-e %)
 	@touch $@
 
 $(DEV): $(PROJECTS) requirements-dev.txt constraints.txt | $(RUN)

@@ -1,6 +1,6 @@
 """Models as data: a checkpoint directory -> what the decoder is, and its weights under one set of names.
 
-No runtime here: see `nanovllm-runner-numpy` for one that interprets the result.
+No runtime here: `nanovllm-runner-numpy` interprets the result, `nanovllm-runner-onnx` builds a graph from it.
 """
 
 from .alibi import alibi_bias
@@ -11,6 +11,7 @@ from .model_info import ModelInfo
 from .positions import Alibi, DynamicNTK, Linear, Llama3, LongRope, Rotary, Yarn
 from .registry import Family, known_architectures, refused_architectures
 from .rope import rotary_frequencies
+from .sizing import model_len, num_kv_blocks
 from .spec import ACTIVATIONS, Attention, Block, DecoderSpec, Experts, FeedForward, Norm
 from .weights_file import Tensor, open_weights
 
@@ -38,6 +39,8 @@ __all__ = [
     "alibi_bias",
     "known_architectures",
     "load_checkpoint",
+    "model_len",
+    "num_kv_blocks",
     "open_weights",
     "refused_architectures",
     "rotary_frequencies",

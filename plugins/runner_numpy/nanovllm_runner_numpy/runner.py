@@ -10,16 +10,15 @@ import numpy as np
 
 from nanovllm.batch import Packed, Paged, RunnerInfo
 from nanovllm.errors import ConfigError
-from nanovllm.hookspecs import CacheOptions, Context
+from nanovllm.hookspecs import Context
 from nanovllm.runner import LogitsRunner
-from nanovllm_models import Checkpoint, DecoderSpec, load_checkpoint
+from nanovllm_models import Checkpoint, load_checkpoint, model_len, num_kv_blocks
 
 from .attention import KVPool
 from .blas import Blas
 from .model import Model
 from .ops import FloatArray
 
-DEFAULT_KV_BYTES = 2**30  # at most, where the configuration names neither a number of blocks nor bytes
 # A step of fewer multiplications (about a millisecond of one core) runs on one BLAS thread: a second one saves
 # little, and spins waiting for its partner where the cores have other work, which makes such steps many times slower.
 SMALL_STEP = 50_000_000
@@ -31,13 +30,8 @@ class NumpyRunner(LogitsRunner):
     def __init__(self, ctx: Context) -> None:
         checkpoint = load_checkpoint(ctx.path or ctx.model)
         spec, block_size = checkpoint.spec, ctx.cache.block_size
-        max_model_len = ctx.max_model_len or spec.max_positions
-        if max_model_len > spec.max_positions:
-            raise ConfigError(
-                f"max_model_len is {max_model_len}, but {checkpoint.name} has {spec.max_positions} positions",
-                hint=f"set max_model_len to {spec.max_positions} or less",
-            )
-        num_blocks = _num_blocks(spec, ctx.cache, ctx.max_num_seqs, max_model_len)
+        max_model_len = model_len(checkpoint, ctx.max_model_len)
+        num_blocks = num_kv_blocks(spec, ctx.cache, ctx.max_num_seqs, max_model_len)
         self._blas, self._threads = Blas(), ctx.threads
         self._num_parameters = checkpoint.num_parameters
         self._model = Model(spec, checkpoint.weights, max_model_len, self._blas)
@@ -89,22 +83,3 @@ class NumpyRunner(LogitsRunner):
             "threads": self._threads or self._blas.threads,
             "generation_defaults": {name: d._asdict() for name, d in checkpoint.sampling_defaults.items()},
         }
-
-
-def _num_blocks(spec: DecoderSpec, cache: CacheOptions, max_num_seqs: int, max_model_len: int) -> int:
-    """The pool's size: as configured, else for max_num_seqs full sequences but at most DEFAULT_KV_BYTES."""
-    if cache.num_blocks is not None:
-        return cache.num_blocks
-    attention = spec.attention
-    slot_bytes = 2 * spec.num_layers * attention.num_kv_heads * attention.head_size * 4  # K and V, float32
-    block_bytes = slot_bytes * cache.block_size
-    if cache.memory is not None:
-        if cache.memory < block_bytes:
-            raise ConfigError(
-                f"cache.memory is {cache.memory:,} bytes, but one block of {cache.block_size} tokens takes "
-                f"{block_bytes:,} in this model",
-                hint=f"set cache.memory to at least {block_bytes:,} or lower cache.block_size",
-            )
-        return cache.memory // block_bytes
-    blocks_per_seq = -(-max_model_len // cache.block_size)
-    return max(1, min(max_num_seqs * blocks_per_seq, DEFAULT_KV_BYTES // block_bytes))

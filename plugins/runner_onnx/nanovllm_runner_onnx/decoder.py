@@ -1,0 +1,112 @@
+"""`build_decoder`: a DecoderSpec and its weights -> the ONNX graph of one step.
+
+Read it next to the pseudocode in `nanovllm_models/spec.py`: it is the same, in the same order.
+The graph's inputs are those of `step.py` and the pool `k.{i}`, `v.{i}` of every layer; its outputs
+are `logits` (R, vocab) and the pools after the step. Knows no engine, no session and no family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from nanovllm_models import Attention, DecoderSpec, Rotary, Tensor, rotary_frequencies
+
+from .attention import PagedAttention
+from .graph import MICROSOFT, Graph
+from .modules import Modules
+
+
+def build_decoder(spec: DecoderSpec, tensors: Mapping[str, Tensor], max_len: int, block_size: int) -> Graph:
+    """`max_len` positions; it fixes the frequencies of length-dependent rotary rules.
+
+    Raises UnsupportedModelError naming what the spec has and this builder has not.
+    """
+    g = Graph()
+    modules, block, attention = Modules(g, tensors), spec.block, spec.attention
+    ids = g.input("input_ids", np.int32, ["T"])
+    positions = g.input("positions", np.int32, ["T"])
+    rows = g.input("rows", np.int32, ["R"])
+    attend = PagedAttention(g, spec, positions, max_len, block_size)
+    rotations = {r: _Rotation(g, r, i, positions, max_len) for i, r in enumerate(dict.fromkeys(attention.rotary)) if r}
+
+    def post_norm(y: str, name: str) -> str:
+        if block.post_norms:
+            y = modules.norm(y, name, spec.norm)
+        return _times(g, y, spec.residual_scale)
+
+    x = _times(g, g.op("Gather", modules.table("embed.tokens.weight"), ids, axis=0), spec.embedding_scale)
+    if spec.learned_positions:
+        x = g.op("Add", x, g.op("Gather", modules.table("embed.positions.weight"), positions, axis=0))
+    for i, mlp in enumerate(spec.mlps):
+        attn, feed = f"layers.{i}.attn", f"layers.{i}.mlp"
+        h = modules.norm(x, f"{attn}_norm", spec.norm) if block.pre_norms else x
+        q, k, v = (modules.linear(h, f"{attn}.{part}") for part in "qkv")
+        q, k = (_norm_heads(modules, y, f"{attn}.{part}_norm", attention) for part, y in (("q", q), ("k", k)))
+        rotary = attention.rotary[i]
+        if rotary is not None:
+            q = rotations[rotary](q, attention.num_heads, attention.head_size)
+            k = rotations[rotary](k, attention.num_kv_heads, attention.head_size)
+        mixed = attend(i, q, k, v)
+        if i == spec.num_layers - 1:  # nothing after the last attention mixes tokens: go on with the wanted ones
+            mixed, x, h = (g.op("Gather", y, rows, axis=0) for y in (mixed, x, h))
+        a = post_norm(modules.linear(mixed, f"{attn}.out"), f"{attn}_post_norm")
+        if not block.parallel:
+            h = x = g.op("Add", x, a)
+        if block.pre_norms and not block.shared_norm:
+            h = modules.norm(x, f"{feed}_norm", spec.norm)
+        f = post_norm(modules.feed_forward(h, feed, mlp), f"{feed}_post_norm")
+        if block.parallel:
+            x = g.op("Add", x, a)
+        x = g.op("Add", x, f)
+
+    x = modules.norm(x, "final_norm", spec.norm)
+    logits = modules.linear(x, "lm_head", "embed.tokens.weight" if spec.tied_embeddings else None)
+    logits = _times(g, logits, spec.logits_scale)
+    if spec.logits_soft_cap is not None:
+        cap = g.scalar(spec.logits_soft_cap)
+        logits = g.op("Mul", g.op("Tanh", g.op("Div", logits, cap)), cap)
+    g.output(g.op("Identity", logits, name="logits"), np.float32, ["R", spec.vocab_size])
+    return g
+
+
+class _Rotation:
+    """Rotates heads by the tables of one rule, one row of cos and sin per position."""
+
+    def __init__(self, graph: Graph, rotary: Rotary, number: int, positions: str, max_len: int) -> None:
+        frequencies, factor = rotary_frequencies(rotary, max_len)
+        angles = np.arange(max_len, dtype=np.float32)[:, None] * frequencies
+        self._graph, self._rotary = graph, rotary
+        self._cos = graph.weight(f"rotary.{number}.cos", np.cos(angles) * np.float32(factor))
+        self._sin = graph.weight(f"rotary.{number}.sin", np.sin(angles) * np.float32(factor))
+        positions = graph.cast(positions, np.int64)
+        # Every token is a sequence of one: the operator refuses a longer one than its tables, which T may be.
+        self._positions = graph.op("Unsqueeze", positions, graph.constant([1]))  # (T, 1)
+
+    def __call__(self, x: str, num_heads: int, head_size: int) -> str:
+        """(T, num_heads * head_size) -> the same."""
+        g = self._graph
+        is_partial = self._rotary.dim < head_size
+        y = g.op(
+            "RotaryEmbedding", g.op("Unsqueeze", x, g.constant([1])), self._positions, self._cos, self._sin,
+            domain=MICROSOFT, num_heads=num_heads if is_partial else 0,
+            rotary_embedding_dim=self._rotary.dim if is_partial else 0,
+        )  # fmt: skip
+        return g.op("Squeeze", y, g.constant([1]))
+
+
+def _norm_heads(modules: Modules, x: str, name: str, attention: Attention) -> str:
+    """q or k normed as the spec says: not at all, as a whole, or each head by itself."""
+    norm = attention.qk_norm
+    if norm is None:
+        return x
+    if attention.qk_norm_whole:
+        return modules.norm(x, name, norm)
+    g = modules.graph
+    heads = g.op("Reshape", x, g.constant([0, -1, attention.head_size]))
+    return g.op("Flatten", modules.norm(heads, name, norm), axis=1)
+
+
+def _times(g: Graph, x: str, factor: float) -> str:
+    return x if factor == 1 else g.op("Mul", x, g.scalar(factor))

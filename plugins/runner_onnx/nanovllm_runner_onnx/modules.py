@@ -1,0 +1,131 @@
+"""The modules of a decoder that look at one token at a time, as ONNX nodes: linear, norm, feed-forward.
+
+Shapes are those of `nanovllm_models.spec`: x (n, in) -> (n, out). A linear weight keeps the
+orientation of the file, so that a float32 file is used as it is mapped. Knows no attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanovllm.errors import UnsupportedModelError
+from nanovllm_models import Experts, FeedForward, Norm, Tensor
+
+from .graph import MICROSOFT, Graph
+
+FloatArray = NDArray[np.float32]
+
+ACTIVATIONS: dict[str, Callable[[Graph, str], str]] = {
+    "gelu": lambda g, x: g.op("Gelu", x, approximate="none"),
+    "gelu_tanh": lambda g, x: g.op("Gelu", x, approximate="tanh"),
+    "relu": lambda g, x: g.op("Relu", x),
+    "silu": lambda g, x: g.op("QuickGelu", x, domain=MICROSOFT, alpha=1.0),  # x * sigmoid(alpha * x)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Modules:
+    """Each method appends the nodes of a module; `name` is its canonical name in `DecoderSpec.shapes()`."""
+
+    graph: Graph
+    tensors: Mapping[str, Tensor]
+
+    def table(self, name: str) -> str:
+        """An embedding, (num, hidden)."""
+        return self.graph.weight(name, self._array(name))
+
+    def linear(self, x: str, name: str, weight: str | None = None) -> str:
+        """x @ weight.T + bias where there is one; `weight` if it is not the module's own."""
+        weight = weight or f"{name}.weight"
+        array, is_transposed = self._array(weight), False
+        if not array.flags.c_contiguous:  # GPT-2's files hold (in, out)
+            array, is_transposed = array.T, True
+        inputs = [x, self.graph.weight(weight, array)]
+        if f"{name}.bias" in self.tensors:
+            inputs.append(self.graph.weight(f"{name}.bias", self._array(f"{name}.bias")))
+        return self.graph.op("Gemm", *inputs, transB=int(not is_transposed))
+
+    def norm(self, x: str, name: str, norm: Norm) -> str:
+        """Over the last axis of x."""
+        weight = self._array(f"{name}.weight")
+        if norm.unit_offset:
+            weight = weight + np.float32(1)
+        scale = self.graph.weight(f"{name}.weight", weight)
+        if norm.kind == "rms":
+            return self.graph.op("SimplifiedLayerNormalization", x, scale, axis=-1, epsilon=norm.eps)
+        if norm.kind == "layer":
+            bias = self.graph.weight(f"{name}.bias", self._array(f"{name}.bias"))
+            return self.graph.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=norm.eps)
+        raise UnsupportedModelError(f"the onnx runner has no norm of kind {norm.kind!r}", hint="use runner: numpy")
+
+    def feed_forward(self, x: str, name: str, spec: FeedForward | Experts) -> str:
+        if isinstance(spec, Experts):
+            return self._experts(x, name, spec)
+        activate = ACTIVATIONS.get(spec.activation)
+        if activate is None:
+            raise UnsupportedModelError(
+                f"the onnx runner has no activation {spec.activation!r}", hint="use runner: numpy"
+            )
+        up = self.linear(x, f"{name}.up")
+        if spec.gated:
+            inner = self.graph.op("Mul", activate(self.graph, self.linear(x, f"{name}.gate")), up)
+        else:
+            inner = activate(self.graph, up)
+        return self.linear(inner, f"{name}.down")
+
+    def _experts(self, x: str, name: str, spec: Experts) -> str:
+        """One product for every expert, of the tokens that chose it, which may be none.
+
+        A pair is a token and one of its experts. Pairs are sorted by expert, split, computed, and put
+        back in the order of the tokens, where each row sums its own.
+        """
+        g, k = self.graph, spec.top_k
+        # 1. Which experts (n, k), best first and of equals the lowest index, and how much of each.
+        p = g.op("Softmax", self.linear(x, f"{name}.router"), axis=-1)
+        shares, chosen = g.ops("TopK", p, g.constant([k]), axis=-1, names=[f"{name}.shares", f"{name}.chosen"])
+        if spec.normalised:
+            shares = g.op("Div", shares, g.op("ReduceSum", shares, g.constant([1])))
+
+        # 2. The pairs, numbered token * k + choice, by expert and then by number: (num_experts, n * k) is
+        # True where the pair is the expert's, and NonZero walks it row by row.
+        pairs = g.op("Reshape", chosen, g.constant([1, -1]))
+        is_own = g.op("Equal", pairs, g.constant(np.arange(spec.num_experts)[:, None]))
+        counts = g.op("ReduceSum", g.cast(is_own, np.int64), g.constant([1]), keepdims=0)
+        order = g.op("Gather", g.op("NonZero", is_own), g.constant(1), axis=0)  # (n * k,)
+        rows = g.op("Gather", x, g.op("Div", order, g.constant(k)), axis=0)  # (n * k, hidden)
+
+        # 3. Every expert on its rows.
+        names = [f"{name}.rows.{e}" for e in range(spec.num_experts)]
+        parts = g.ops("Split", rows, counts, axis=0, names=names)
+        done = [self.feed_forward(part, f"{name}.experts.{e}", spec.expert) for e, part in enumerate(parts)]
+
+        # 4. Back to the tokens: pair order[i] is row i.
+        place = g.op("Reshape", order, g.constant([-1, 1]))
+        count = g.op("Shape", order)
+        numbers = g.op("Range", g.constant(0), g.op("Squeeze", count), g.constant(1))
+        row_of_pair = g.op("ScatterND", numbers, place, numbers)
+        y = g.op("Gather", g.op("Concat", *done, axis=0), row_of_pair, axis=0)
+        y = g.op("Reshape", y, g.constant([-1, k, self.tensors[f"{name}.router.weight"].shape[1]]))
+        y = g.op("Mul", y, g.op("Unsqueeze", shares, g.constant([2])))
+        y = g.op("ReduceSum", y, g.constant([1]), keepdims=0)  # (n, hidden)
+        if spec.shared is None:
+            return y
+        gate = g.op("Sigmoid", self.linear(x, f"{name}.shared_gate"))
+        return g.op("Add", y, g.op("Mul", self.feed_forward(x, f"{name}.shared", spec.shared), gate))
+
+    def _array(self, name: str) -> FloatArray:
+        """A tied embedding is widened once."""
+        return self.graph.weights[name] if name in self.graph.weights else as_float32(self.tensors[name])
+
+
+def as_float32(tensor: Tensor) -> FloatArray:
+    """The mapped file itself where that is float32 in one piece, as it is or transposed; else a copy."""
+    array = tensor.array
+    is_whole = array.flags.c_contiguous or array.T.flags.c_contiguous
+    if tensor.dtype == "F32" and is_whole and array.flags.aligned and not tensor.is_grouped:
+        return array
+    return tensor.to_float32()
