@@ -413,6 +413,41 @@ def test_a_step_that_waits_for_a_remote_shuts_out_nobody() -> None:
     assert [o.finish for o in outputs] == [Finish.ABORT]
 
 
+class LastWords(RemoteRunner):
+    """A remote that gives requests of two tokens one a step, and blocks until woken when only others are left."""
+
+    def __init__(self) -> None:
+        super().__init__(vocab_size=125)
+        self.woken, self.is_blocked = threading.Event(), threading.Event()
+        self.num_returned = 0  # from a block
+
+    def execute(self, batch: Batch) -> list[SeqOutput]:
+        if all(s.sampling.params.max_tokens != 2 for s in batch.seqs):
+            self.is_blocked.set()
+            self.woken.wait(20)
+            self.num_returned += 1
+        return [SeqOutput((5,)) if s.sampling.params.max_tokens == 2 else SeqOutput() for s in batch.seqs]
+
+    def wake(self) -> None:
+        if self.is_blocked.is_set():
+            self.woken.set()
+
+
+def test_what_has_arrived_is_read_while_another_threads_step_blocks() -> None:
+    runner = LastWords()
+    llm = LLM.from_components(runner, SimpleBPETokenizer())
+    stream = llm.stream("world", greedy(2))
+    first = next(stream)
+    other = threading.Thread(target=lambda: llm.generate("hello", greedy(50)))
+    other.start()  # its first step brings the stream's last token, its second one blocks
+    assert runner.is_blocked.wait(30)
+    assert [d.token_ids for d in (first, *stream)] == [(5,), (5,)]
+    assert runner.num_returned == 0
+    llm.close()
+    other.join(30)
+    assert not other.is_alive()
+
+
 def test_closing_from_another_thread_ends_a_generate() -> None:
     llm = make_llm(MockRunner(script=Script(delay=0.001)))
     outputs: list[Output] = []

@@ -8,6 +8,7 @@ all. This file knows nothing about scheduling, models or plugins.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from itertools import chain
@@ -70,7 +71,7 @@ class LLM:
         self.components = components  # what the configuration led to; None if built from components
         self._lock = threading.RLock()  # held while the engine is called
         self._door = threading.RLock()  # held by the one thread that waits for the lock next
-        self._mail: dict[int, list[Delta]] = {}  # request_id -> deltas not read yet
+        self._mail: dict[int, deque[Delta]] = {}  # request_id -> deltas not read yet; appended by whoever steps
 
     # ------------------------------------------------------------------------------------- calls
 
@@ -194,14 +195,16 @@ class LLM:
         try:
             with self._turn(wake=True):
                 for ticket in tickets:
-                    self._mail[ticket.request_id] = []
+                    self._mail[ticket.request_id] = deque()
                     self.engine.add(ticket)
             while missing:
-                with self._turn():
-                    if not any(self._mail[i] for i in missing):
-                        self._sort(self.engine.step())
-                    deltas = [delta for i in missing for delta in self._mail[i]]
-                    self._mail.update((i, []) for i in missing)
+                # What is here already needs no turn: another thread's step may be blocked for long.
+                if not any(self._mail[i] for i in missing):
+                    with self._turn():
+                        if not any(self._mail[i] for i in missing):
+                            self._sort(self.engine.step())
+                boxes = [self._mail[i] for i in missing]
+                deltas = [box.popleft() for box in boxes for _ in range(len(box))]
                 for delta in deltas:
                     if delta.finish is not None:
                         missing[delta.request_id] -= 1
