@@ -14,25 +14,21 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .engine import Engine
 from .errors import EngineClosed, EngineDead, NanoVLLMError, RequestFailed
-from .llm import as_request, engine_from_config
+from .face import EngineFace
+from .llm import as_request
 from .request import Completion, Delta, Message, Output, Prompt, Request, RequestOptions, SamplingParams
-from .stats import Health
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .batch import RunnerInfo
     from .components import Components
-    from .config import Loaded
+    from .engine import Engine
     from .intake import Ticket
-    from .runner import ModelRunner
-    from .stats import EngineStats
-    from .tokenizer import Tokenizer
+    from .stats import Health
 
 log = logging.getLogger("nanovllm.engine")
 
@@ -70,31 +66,11 @@ class Mailbox:
         return found
 
 
-class AsyncLLM:
+class AsyncLLM(EngineFace):
     """An engine for asyncio. Constructed like `LLM`; use `async with`, or `await close()`."""
 
-    def __init__(self, model: str | Path | None = None, **overrides: Any) -> None:
-        if model is not None:
-            overrides["model"] = str(model)
-        self._start(*engine_from_config(None, overrides))
-
-    @classmethod
-    def from_config(cls, config: str | Path | Loaded | None = None, **overrides: Any) -> AsyncLLM:
-        llm = cls.__new__(cls)
-        llm._start(*engine_from_config(config, overrides))
-        return llm
-
-    @classmethod
-    def from_components(
-        cls, runner: ModelRunner, tokenizer: Tokenizer | None = None, **engine_options: Any
-    ) -> AsyncLLM:
-        llm = cls.__new__(cls)
-        llm._start(Engine(runner, tokenizer, **engine_options), None)
-        return llm
-
     def _start(self, engine: Engine, components: Components | None) -> None:
-        self.engine = engine
-        self.components = components
+        super()._start(engine, components)
         self._inbox: deque[Callable[[], None]] = deque()  # run by the engine thread, in order
         self._wanted = threading.Condition()
         self._is_closing = False
@@ -158,31 +134,11 @@ class AsyncLLM:
         if output.error is not None:
             raise RequestFailed(f"request {output.request_id}: {output.error}", outputs=[output])
 
-    # ------------------------------------------------------------------------------------- facts
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        return self.engine.tokenizer
-
-    @property
-    def info(self) -> RunnerInfo:
-        return self.engine.info
-
-    def stats(self) -> EngineStats:
-        return self.engine.stats()
+    # ---------------------------------------------------------------------------------- the end
 
     def health(self) -> Health:
-        health = self.engine.health()
-        if self._crash is not None:
-            return Health(
-                is_live=False,
-                is_ready=False,
-                reason=self._crash,
-                num_running=health.num_running,
-                num_waiting=health.num_waiting,
-                seconds_without_progress=health.seconds_without_progress,
-            )
-        return health
+        health = super().health()
+        return health if self._crash is None else replace(health, is_live=False, is_ready=False, reason=self._crash)
 
     async def close(self) -> None:
         """Abort what runs, end the engine thread, free the model. Safe to call twice."""

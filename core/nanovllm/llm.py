@@ -12,63 +12,34 @@ from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from .engine import Engine
-from .errors import ConfigError, RequestError, RequestFailed
+from .errors import RequestError, RequestFailed
+from .face import EngineFace
 from .progress import Progress
 from .request import Completion, Delta, Message, Output, Prompt, Request, RequestOptions, SamplingParams
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .batch import RunnerInfo
     from .components import Components
-    from .config import Loaded
+    from .engine import Engine
     from .intake import Ticket
-    from .runner import ModelRunner
-    from .stats import EngineStats, Health
-    from .tokenizer import Tokenizer
 
 Prompts: TypeAlias = "Prompt | Request | Sequence[Prompt | Request]"
 
 
-class LLM:
+class LLM(EngineFace):
     """An engine with a loaded model.
 
     `LLM("demo")`, `LLM("./models/qwen", runner="numpy", max_num_seqs=8)`, `LLM.from_config("app.yaml")`,
     `LLM.from_components(runner, tokenizer)`. Use it as a context manager, or call `close()`.
     """
 
-    def __init__(self, model: str | Path | None = None, **overrides: Any) -> None:
-        """Load the configuration with `model` and `overrides` on top (see docs/configuration.md), then the model.
-
-        Raises ConfigError, PluginError, ModelError or TokenizerError.
-        """
-        if model is not None:
-            overrides["model"] = str(model)
-        self._start(*engine_from_config(None, overrides))
-
-    @classmethod
-    def from_config(cls, config: str | Path | Loaded | None = None, **overrides: Any) -> LLM:
-        """From a YAML file or an already loaded configuration."""
-        llm = cls.__new__(cls)
-        llm._start(*engine_from_config(config, overrides))
-        return llm
-
-    @classmethod
-    def from_components(cls, runner: ModelRunner, tokenizer: Tokenizer | None = None, **engine_options: Any) -> LLM:
-        """From parts that you built; the LLM owns the runner from then on. Options are `Engine`'s."""
-        llm = cls.__new__(cls)
-        llm._start(Engine(runner, tokenizer, **engine_options), None)
-        return llm
-
     def _start(self, engine: Engine, components: Components | None) -> None:
-        self.engine = engine
-        self.components = components  # what the configuration led to; None if built from components
+        super()._start(engine, components)
         self._lock = threading.RLock()  # held while the engine is called
         self._door = threading.RLock()  # held by the one thread that waits for the lock next
         self._mail: dict[int, deque[Delta]] = {}  # request_id -> deltas not read yet; appended by whoever steps
@@ -147,21 +118,7 @@ class LLM:
                     yield delta._replace(prompt_index=places[delta.request_id])
         _checked([t.output(done[t.request_id]) for t in tickets])
 
-    # ------------------------------------------------------------------------------------- facts
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        return self.engine.tokenizer
-
-    @property
-    def info(self) -> RunnerInfo:
-        return self.engine.info
-
-    def stats(self) -> EngineStats:
-        return self.engine.stats()
-
-    def health(self) -> Health:
-        return self.engine.health()
+    # ---------------------------------------------------------------------------------- the end
 
     def close(self) -> None:
         """Abort what runs and free the model. Safe to call twice; any other call raises EngineClosed."""
@@ -239,37 +196,6 @@ class LLM:
         for delta in deltas:
             if (box := self._mail.get(delta.request_id)) is not None:
                 box.append(delta)
-
-
-def engine_from_config(config: str | Path | Loaded | None, overrides: Mapping[str, Any]) -> tuple[Engine, Components]:
-    """Load a configuration, build what it names, and put an engine around it."""
-    from .components import build
-    from .config import Loaded, load
-
-    if isinstance(config, Loaded):
-        if overrides:
-            raise ConfigError("overrides cannot be applied to a configuration that is loaded already")
-        loaded = config
-    else:
-        loaded = load(config, overrides=overrides)
-    parts = build(loaded)
-    options = loaded.config
-    try:
-        engine = Engine(
-            parts.runner,
-            parts.tokenizer,
-            sampler=parts.sampler,
-            max_num_seqs=options.scheduler.max_num_seqs,
-            max_num_batched_tokens=options.scheduler.max_num_batched_tokens,
-            prefix_caching=options.cache.prefix_caching,
-            eos_ids=options.eos,
-            stall_seconds=options.scheduler.stall_seconds,
-            observers=parts.observers,
-        )
-    except BaseException:
-        parts.runner.close()
-        raise
-    return engine, parts
 
 
 def _requests(

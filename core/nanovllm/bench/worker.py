@@ -95,7 +95,7 @@ class OwnEngine:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         from ..config import load
-        from ..llm import engine_from_config
+        from ..face import engine_from_config
         from .engine import EngineBench
 
         engine, _ = engine_from_config(load(overrides=settings["overrides"], environ={}), {})

@@ -138,7 +138,7 @@ def _workload_source(
 
 def _measure(loaded: Loaded, workload_for: Callable[[int | None, int], Workload], runs: int) -> Report:
     from ..bench.report import measure
-    from ..llm import engine_from_config
+    from ..face import engine_from_config
 
     def describe(engine: Engine) -> dict[str, Any]:
         config, facts = loaded.config, dict(engine.info.description)
