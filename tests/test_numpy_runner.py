@@ -37,16 +37,17 @@ def test_info(path):
     assert facts["weight_bytes"] == 4 * facts["parameters"]
 
 
-@pytest.mark.parametrize(
-    ("cache", "seqs", "blocks"),
-    [
-        (CacheOptions(block_size=16, num_blocks=7, memory=10**9), 8, 7),
-        (CacheOptions(block_size=16, memory=16 * SLOT * 9 + 5), 8, 9),
-        (CacheOptions(block_size=16), 8, 8 * 8),  # max_num_seqs sequences of 128 positions
-        (CacheOptions(block_size=100), 3, 3 * 2),
-        (CacheOptions(block_size=16), 10**6, 2**30 // (16 * SLOT)),  # no more than 1 GiB
-    ],
-)
+# (cache, max_num_seqs, blocks): one rule for every runner, for a model of 128 positions and SLOT bytes each.
+POOL_SIZES = [
+    (CacheOptions(block_size=16, num_blocks=7, memory=10**9), 8, 7),
+    (CacheOptions(block_size=16, memory=16 * SLOT * 9 + 5), 8, 9),
+    (CacheOptions(block_size=16), 8, 8 * 8),  # max_num_seqs sequences of 128 positions
+    (CacheOptions(block_size=100), 3, 3 * 2),
+    (CacheOptions(block_size=16), 10**6, 2**30 // (16 * SLOT)),  # no more than 1 GiB
+]
+
+
+@pytest.mark.parametrize(("cache", "seqs", "blocks"), POOL_SIZES)
 def test_pool_size(path, cache, seqs, blocks):
     assert make_runner(path, cache=cache, max_num_seqs=seqs).info.kv.num_blocks == blocks
 

@@ -26,10 +26,9 @@ from nanovllm_runner_onnx.options import OnnxOptions
 from nanovllm_runner_onnx.session import available_threads
 from numpy_support import Driver
 from onnx_support import make_runner
+from test_numpy_runner import POOL_SIZES, SLOT
 
 ort = pytest.importorskip("onnxruntime", reason="the runtime: pip install 'nanovllm[onnx]'")
-
-SLOT = 2 * 2 * 2 * 6 * 4  # bytes of one position of LLAMA: K and V, layers, kv heads, head size, float32
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +50,7 @@ def test_info(path):
     assert facts["onnxruntime"] == ort.__version__
 
 
-@pytest.mark.parametrize(
-    ("cache", "seqs", "blocks"),
-    [
-        (CacheOptions(block_size=16, num_blocks=7, memory=10**9), 8, 7),
-        (CacheOptions(block_size=16, memory=16 * SLOT * 9 + 5), 8, 9),
-        (CacheOptions(block_size=16), 8, 8 * 8),  # max_num_seqs sequences of 128 positions
-        (CacheOptions(block_size=100), 3, 3 * 2),
-        (CacheOptions(block_size=16), 10**6, 2**30 // (16 * SLOT)),  # no more than 1 GiB
-    ],
-)
+@pytest.mark.parametrize(("cache", "seqs", "blocks"), POOL_SIZES)
 def test_pool_size(path, cache, seqs, blocks):
     assert make_runner(path, cache=cache, max_num_seqs=seqs).info.kv.num_blocks == blocks
 

@@ -45,6 +45,17 @@ class Checkpoint:
         return self.info.model_name
 
     @property
+    def facts(self) -> dict[str, object]:
+        """What any runner says of it in `RunnerInfo.description`; how it is held in memory is the runner's to add."""
+        return {
+            "model": self.name,
+            "architecture": self.spec.architecture,
+            "layers": self.spec.num_layers,
+            "parameters": self.num_parameters,
+            "generation_defaults": {name: d._asdict() for name, d in self.sampling_defaults.items()},
+        }
+
+    @property
     def num_parameters(self) -> int:
         """Counted in the file; `spec.num_parameters` is the same by formula."""
         return sum(t.array.size for t in self.weights.values())

@@ -71,15 +71,11 @@ class NumpyRunner(LogitsRunner):
 
     def _describe(self, checkpoint: Checkpoint, num_blocks: int) -> dict[str, object]:
         return {
-            "model": checkpoint.name,
-            "architecture": checkpoint.spec.architecture,
-            "layers": checkpoint.spec.num_layers,
-            "parameters": checkpoint.num_parameters,
+            **checkpoint.facts,
             "dtype": f"{checkpoint.dtype} in the file, float32 in memory",
             "weight_bytes": checkpoint.num_parameters * 4,  # each once, float32
             "kv_bytes": sum(pool.k.nbytes + pool.v.nbytes for pool in self._pools),
             "blocks": num_blocks,
             "blas": self._blas.name,
             "threads": self._threads or self._blas.threads,
-            "generation_defaults": {name: d._asdict() for name, d in checkpoint.sampling_defaults.items()},
         }

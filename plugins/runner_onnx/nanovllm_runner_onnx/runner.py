@@ -89,10 +89,7 @@ class OnnxRunner(LogitsRunner):
 
     def _describe(self, checkpoint: Checkpoint) -> dict[str, object]:
         return {
-            "model": checkpoint.name,
-            "architecture": checkpoint.spec.architecture,
-            "layers": checkpoint.spec.num_layers,
-            "parameters": checkpoint.num_parameters,
+            **checkpoint.facts,
             "dtype": f"{checkpoint.dtype} in the file, float32 in memory",
             "weight_bytes": checkpoint.num_parameters * 4,  # each once, float32
             "kv_bytes": self._pool.array.nbytes,
@@ -100,5 +97,4 @@ class OnnxRunner(LogitsRunner):
             "onnxruntime": import_onnxruntime().__version__,
             "providers": self._session.get_providers(),
             "threads": self._threads,
-            "generation_defaults": {name: d._asdict() for name, d in checkpoint.sampling_defaults.items()},
         }
