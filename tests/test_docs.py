@@ -164,7 +164,7 @@ def anchors(page: Path) -> set[str]:
 
 def test_every_page_of_docs_is_in_the_index() -> None:
     index = (REPO / "docs" / "index.md").read_text(encoding="utf-8")
-    pages = {p.name for p in (REPO / "docs").glob("*.md")} - {"index.md"}
+    pages = {p.relative_to(REPO / "docs").as_posix() for p in (REPO / "docs").glob("**/*.md")} - {"index.md"}
     assert {page for page in pages if f"]({page})" not in index} == set()
 
 
