@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm import schema, sources
+from nanovllm.cli import cli
 from nanovllm.config import Config, leaves, load
 from nanovllm.errors import ConfigError
 from support import REPO
@@ -286,7 +288,8 @@ def test_an_empty_section_removes_nothing(tmp_path: Path) -> None:
         lambda inner: (
             st.lists(inner, max_size=3)
             | st.dictionaries(
-                st.sampled_from([*Config.model_fields, "type", "threads", "path", "max_num_seqs", "memory", "x.y"])
+                st.sampled_from([*Config.model_fields, "profile", "profiles"])
+                | st.sampled_from(["type", "threads", "path", "max_num_seqs", "memory", "x.y"])
                 | st.text(max_size=3)
                 | st.integers(),
                 inner,
@@ -325,12 +328,76 @@ def test_what_config_show_prints_loads_again() -> None:
     assert load(environ={}, overrides=dict(leaves(before))).config == before
 
 
+# -------------------------------------------------------------------------------------- profiles
+
+PROFILES = """
+model: ./models/x
+profile: dev
+runner: {type: mock, seed: 3}
+profiles:
+  dev: {scheduler: {max_num_seqs: 4}}
+  prod:
+    model: ../y
+    runner: {seed: 5, threads: 2}
+    max_num_seqs: 8
+  other: {runner: numpy}
+"""
+
+
+def test_a_profile_lies_between_the_rest_of_the_file_and_the_environment(tmp_path: Path) -> None:
+    path = write(tmp_path, PROFILES)
+    loaded = load(path, environ={"NANOVLLM_RUNNER__THREADS": "1"}, overrides={"profile": "prod"})
+    assert loaded.config.model == str(tmp_path / "../y")
+    assert loaded.config.runner.options == {"seed": 5}
+    assert (loaded.config.runner.threads, loaded.config.scheduler.max_num_seqs) == (1, 8)
+    assert loaded.origins["scheduler.max_num_seqs"] == f"{path}, profile prod"
+    assert loaded.profiles == ("dev", "prod", "other")
+
+
+def test_who_chooses_the_profile(tmp_path: Path) -> None:
+    path = write(tmp_path, PROFILES)
+    by_file = load(path, environ={}).config
+    assert (by_file.scheduler.max_num_seqs, by_file.runner.options) == (4, {"seed": 3})
+    environ = {"NANOVLLM_PROFILE": "prod"}
+    assert load(path, environ=environ).config.scheduler.max_num_seqs == 8
+    assert load(path, environ=environ, sets=["profile=dev"]).config.scheduler.max_num_seqs == 4
+    assert load(path, environ={}, overrides={"profile": None}).config.scheduler.max_num_seqs == 32
+
+
+def test_a_profile_that_changes_the_type_replaces_the_section(tmp_path: Path) -> None:
+    assert load(write(tmp_path, PROFILES), environ={}, sets=["profile=other"]).config.runner.options == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("profile: prod", "there is no profile 'prod' ({file}); a YAML file (--config) defines profiles"),
+        ("profile: x\nprofiles: {dev: {}, prod: {}}", "the file has dev, prod"),
+        ("profile: [dev]\nprofiles: {dev: {}}", "there is no profile ['dev']"),
+        ("profiles: [dev]", "'profiles' must hold a name and `key: value` lines below it, not ['dev']"),
+        ("profiles: {dev: 1}", "the profile 'dev' must hold `key: value` lines, not 1"),
+        ("profiles: {1: {}}", "the profile 1 must hold"),
+        ("profile: a\nprofiles: {a: {rnner: numpy}}", "unknown key 'rnner' ({file}, profile a)"),
+        ("profile: a\nprofiles: {a: {profile: a}}", "unknown key 'profile' ({file}, profile a)"),
+    ],
+)
+def test_profiles_that_are_refused(tmp_path: Path, text: str, says: str) -> None:
+    path = write(tmp_path, text)
+    assert says.replace("{file}", str(path)) in refused(path=path)
+
+
+def test_check_looks_at_every_profile(tmp_path: Path) -> None:
+    path = write(tmp_path, "runner: mock\nprofiles: {a: {runner: {seed: 1}}, b: {runner: {sed: 1}}}")
+    done = CliRunner().invoke(cli, ["config", "check", str(path)])
+    assert f"unknown key 'runner.sed' ({path}, profile b)" in done.output
+
+
 # ------------------------------------------------------------------------------- schema and docs
 
 
 def test_the_schema_agrees_with_the_loader() -> None:
     described = schema.json_schema()
-    assert set(described["properties"]) == set(Config.model_fields)
+    assert set(described["properties"]) == {*Config.model_fields, "profile", "profiles"}
     runner = described["properties"]["runner"]["anyOf"][1]
     mock = next(v for v in runner["then"]["oneOf"] if v["properties"]["type"] == {"const": "mock"})
     assert {"seed", "vocab_size", "threads"} <= set(mock["properties"])

@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from nanovllm import LLM, SamplingParams
+from nanovllm.components import choose
+from nanovllm.config import load
 from support import REPO
 
 # What each prints, whatever is sampled.
@@ -55,3 +58,14 @@ def test_a_benchmark_runs(command: str) -> None:
     out = run(f"benchmarks/{command}")
     for text in BENCHMARKS[command]:
         assert text in out
+
+
+def test_the_profiles_are_configurations_of_today_and_the_first_answers() -> None:
+    path = REPO / "examples" / "profiles.yaml"
+    chosen = [load(path, environ={}, overrides={"profile": name}) for name in ("dev", "cpu-prod", "gpu-prod")]
+    for loaded in chosen:
+        choose(loaded, None)
+    assert chosen[0].profiles == ("dev", "cpu-prod", "gpu-prod")
+    with LLM.from_config(path) as llm:
+        assert llm.info.description["dtype"].endswith("float32 in memory")
+        assert llm.generate("What is the capital of Peru?", SamplingParams(max_tokens=1))

@@ -1,9 +1,9 @@
 """The configuration: what may be set, and where each value came from.
 
-Layers, lowest first: default, YAML file, environment, call (`--set`, flags and Python overrides). A layer
-that changes a plugin section's `type` replaces the whole section. Values are checked here but for a
-plugin's own options, which its pydantic model checks when it is loaded (components.py). This file knows
-no plugin.
+Layers, lowest first: default, YAML file, the chosen one of its profiles, environment, call (`--set`,
+flags and Python overrides). A layer that changes a plugin section's `type` replaces the whole section.
+Values are checked here but for a plugin's own options, which its pydantic model checks when it is loaded
+(components.py). This file knows no plugin.
 """
 
 from __future__ import annotations
@@ -165,6 +165,7 @@ class Loaded:
     config: Config
     origins: Mapping[str, str]  # 'scheduler.max_num_seqs' -> 'configs/x.yaml'; keys not in it have their default
     notes: tuple[str, ...] = ()  # accepted options of nano-vllm that have no effect here, one sentence each
+    profiles: tuple[str, ...] = ()  # the names of those that the file has
 
 
 # --------------------------------------------------------------------------------------- loading
@@ -183,12 +184,11 @@ def load(
     `overrides` may be nested, dotted (`{"runner.threads": 2}`) or use nano-vllm's names; they win over `sets`.
     `environ` is `os.environ` unless given.
     """
+    file, profiles = sources.from_yaml(Path(path)) if path is not None else ({}, {})
+    environment = sources.from_environment(os.environ if environ is None else environ)
+    call = _put(sources.from_sets(sets), sources.from_mapping(overrides, override_origin))
     values: Values = {}
-    for layer in (
-        sources.from_yaml(Path(path)) if path is not None else {},
-        sources.from_environment(os.environ if environ is None else environ),
-        _put(sources.from_sets(sets), sources.from_mapping(overrides, override_origin)),
-    ):
+    for layer in (file, _take_profile((file, environment, call), profiles), environment, call):
         values = _merge(values, layer)
     notes = sources.take_no_effect(values)
     _check_keys(values)
@@ -204,7 +204,7 @@ def load(
             f"scheduler.max_num_seqs ({scheduler.max_num_seqs})",
             hint="every running sequence needs one token per step: raise the first or lower the second",
         )
-    return Loaded(config, origins, notes)
+    return Loaded(config, origins, notes, tuple(profiles))
 
 
 def unknown_key(key: KeyPath, known: Sequence[str], origin: str) -> ConfigError:
@@ -227,6 +227,20 @@ def config_error(e: ValidationError, origins: Mapping[str, str], prefix: KeyPath
     what = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     more = f" (and {len(others)} more)" if others else ""
     return ConfigError(f"{'.'.join(path)}: {what}, not {show(first['input'])}{origin}{more}")
+
+
+def _take_profile(layers: Sequence[Values], profiles: Mapping[str, Values]) -> Values:
+    """Remove `profile` from the layers; the values of the profile that the highest of them names."""
+    named = [layer.pop(("profile",)) for layer in layers if ("profile",) in layer]
+    if not named or named[-1].value is None:
+        return {}
+    name, origin = named[-1]
+    if not isinstance(name, str) or name not in profiles:
+        raise ConfigError(
+            f"there is no profile {name!r} ({origin})",
+            hint=f"the file has {', '.join(profiles)}" if profiles else "a YAML file (--config) defines profiles",
+        )
+    return profiles[name]
 
 
 def _merge(lower: Values, layer: Values) -> Values:

@@ -55,6 +55,19 @@ def json_schema(*, distributions: frozenset[str] | None = None) -> Schema:
                 {"type": "object", "properties": base["properties"], "if": known, "then": {"oneOf": variants}},
             ],
         }
+    schema["properties"] |= {
+        "profile": {
+            "type": "string",
+            "default": None,
+            "description": "the profile to use, unless the environment or the call names another",
+        },
+        "profiles": {
+            "type": "object",
+            "default": {},
+            "description": "of each name, keys that go over the rest of the file where that profile is chosen",
+            "additionalProperties": {"$ref": "#"},
+        },
+    }
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return schema
 

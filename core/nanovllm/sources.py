@@ -50,7 +50,7 @@ ENVIRONMENT_ALIASES: Mapping[str, str] = {"MODEL_PATH": "model", "TOKENIZER_PATH
 ENVIRONMENT_PREFIX = "NANOVLLM_"
 
 # Keys whose values are text, so that `--set model=123` stays a text.
-_TEXT_KEYS = {("model",), ("tokenizer", "path")}
+_TEXT_KEYS = {("model",), ("profile",), ("tokenizer", "path")}
 _TEXT_KEYS |= {(section, *rest) for section in PLUGIN_SECTIONS for rest in ((), ("type",))}
 
 
@@ -65,10 +65,11 @@ Values = dict[KeyPath, Value]
 # ------------------------------------------------------------------------------------ the readers
 
 
-def from_yaml(path: Path) -> Values:
-    """The values of one YAML file. `./x` and `../x` in `model`, and a relative `tokenizer.path`, start at the file.
+def from_yaml(path: Path) -> tuple[Values, dict[str, Values]]:
+    """The values of one YAML file, and those of each of its profiles.
 
-    Raises ConfigError: no such file, not UTF-8, not YAML, a key given twice, an alias, not a mapping.
+    `./x` and `../x` in `model`, and a relative `tokenizer.path`, start at the file. Raises ConfigError: no such
+    file, not UTF-8, not YAML, a key given twice, an alias, not a mapping.
     """
     origin = str(path)
     try:
@@ -86,14 +87,18 @@ def from_yaml(path: Path) -> Values:
         raise ConfigError(f"configuration file {origin}{e.place} {e.problem}") from None
     if tree is None:  # an empty file
         tree = {}
-    if not isinstance(tree, Mapping):
+    if not isinstance(tree, dict):
         raise ConfigError(f"configuration file {origin} must hold `key: value` lines, not a {type(tree).__name__}")
-    values = _flatten(tree, origin)
-    for key, relative in ((("model",), r"\.\.?([/\\]|$)"), (("tokenizer", "path"), r"[^~]")):
-        text = values[key].value if key in values else None
-        if isinstance(text, str) and re.match(relative, text):
-            values[key] = Value(str(path.absolute().parent / text), origin)
-    return values
+    profiles = tree.pop("profiles", None) or {}
+    if not isinstance(profiles, Mapping):
+        raise ConfigError(f"'profiles' must hold a name and `key: value` lines below it, not {profiles!r} ({origin})")
+    for name, profile in profiles.items():
+        if not isinstance(name, str) or not isinstance(profile, Mapping):
+            raise ConfigError(f"the profile {name!r} must hold `key: value` lines, not {profile!r} ({origin})")
+    directory = path.absolute().parent
+    return _of_file(tree, origin, directory), {
+        name: _of_file(profile, f"{origin}, profile {name}", directory) for name, profile in profiles.items()
+    }
 
 
 def from_environment(environ: Mapping[str, str]) -> Values:
@@ -140,6 +145,15 @@ def take_no_effect(values: Values) -> tuple[str, ...]:
 
 
 # ---------------------------------------------------------------------------------- their helpers
+
+
+def _of_file(tree: Mapping[Any, Any], origin: str, directory: Path) -> Values:
+    values = _flatten(tree, origin)
+    for key, relative in ((("model",), r"\.\.?([/\\]|$)"), (("tokenizer", "path"), r"[^~]")):
+        text = values[key].value if key in values else None
+        if isinstance(text, str) and re.match(relative, text):
+            values[key] = Value(str(directory / text), origin)
+    return values
 
 
 def _from_text(key: str, text: str, origin: str) -> Values:

@@ -47,16 +47,17 @@ def _flat(loaded: Loaded) -> list[tuple[str, Any, str]]:
 @config.command()
 @click.argument("file", type=click.Path(path_type=Path))
 def check(file: Path) -> None:
-    """Check FILE, with the options of the plugins that it names; no model is loaded."""
+    """Check FILE and its profiles, with the options of the plugins that they name; no model is loaded."""
     from .. import components
     from ..config import load
     from ..plugins import resolve_model
 
-    loaded = load(file, environ={})
-    _, path = resolve_model(loaded.config.model)
-    components.choose(loaded, path)
-    for note in loaded.notes:
-        click.echo(f"note: {note}")
+    whole = load(file, environ={})
+    for loaded in (whole, *(load(file, environ={}, overrides={"profile": name}) for name in whole.profiles)):
+        _, path = resolve_model(loaded.config.model)
+        components.choose(loaded, path)
+        for note in loaded.notes:
+            click.echo(f"note: {note}")
     click.echo(f"{file}: ok")
 
 

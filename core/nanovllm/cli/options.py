@@ -1,7 +1,7 @@
 """Options that several commands share, those of plugins too:
 
     @click.command(cls=EngineCommand)
-    @engine_options        # --config --model --runner --tokenizer --set  -> loaded: Loaded
+    @engine_options        # --config --profile --model --runner --tokenizer --set  -> loaded: Loaded
     @sampling_options      # --temperature --max-tokens ...               -> sampling: dict of what was given
     def mine(loaded, sampling): ...
 
@@ -19,6 +19,7 @@ import click
 
 _ENGINE = (
     click.option("-c", "--config", "config_file", type=click.Path(path_type=Path), help="YAML configuration file."),
+    click.option("--profile", help="A profile of the configuration file."),
     click.option("-m", "--model", help="Model directory, file or name.  [default: demo]"),
     click.option("-r", "--runner", help="Runner, such as numpy or mock."),
     click.option("--tokenizer", help="Tokenizer, such as hf or simple."),
@@ -58,12 +59,12 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def wrapper(
-        *, config_file: Path | None, model: str | None, runner: str | None, tokenizer: str | None,
-        sets: tuple[str, ...], **rest: Any,
+        *, config_file: Path | None, profile: str | None, model: str | None, runner: str | None,
+        tokenizer: str | None, sets: tuple[str, ...], **rest: Any,
     ) -> Any:  # fmt: skip
         from ..config import load
 
-        flags = {"model": model, "runner": runner, "tokenizer": tokenizer}
+        flags = {"profile": profile, "model": model, "runner": runner, "tokenizer": tokenizer}
         given = {key: value for key, value in flags.items() if value is not None}
         return command(loaded=load(config_file, sets=sets, overrides=given, override_origin="command line"), **rest)
 
