@@ -3,6 +3,8 @@
 # The interpreter that makes .venv (3.10 or newer), and options for pytest.
 PYTHON ?= python3
 ARGS ?=
+# The extra of nanovllm whose runner `make demo` and `make onefile` take: numpy or onnx.
+RUNNER ?= numpy
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -17,7 +19,7 @@ PROJECTS := pyproject.toml $(PLUGINS:%=%/pyproject.toml)
 LIGHT := $(VENV)/light.stamp
 DEV := $(VENV)/dev.stamp
 
-.PHONY: help all demo simple-demo ask test test-slow check lint vet fmt bench build clean
+.PHONY: help all demo simple-demo ask test test-slow check lint vet fmt bench build onefile clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -63,6 +65,10 @@ build: $(DEV)  ## wheels and sdists of all distributions into dist/
 	rm -rf dist
 	@for project in . $(PLUGINS); do $(RUN) -m build --outdir dist $$project > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }; done
 	$(RUN) scripts/check_dist.py dist
+
+onefile: build  ## dist/nanovllm-RUNNER.pyz: all of nanovllm[RUNNER] in one file that a bare Python runs
+	$(VENV)/bin/shiv --quiet --console-script nanovllm --output-file dist/nanovllm-$(RUNNER).pyz \
+		--find-links dist 'nanovllm[$(RUNNER)]'
 
 clean:  ## remove .venv and everything that was built or cached
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
