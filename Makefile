@@ -13,7 +13,7 @@ NANOVLLM := $(VENV)/bin/nanovllm
 
 # What the demo needs, and all.
 LIGHT_PLUGINS := plugins/models plugins/runner_numpy plugins/tokenizers
-PLUGINS := $(LIGHT_PLUGINS) plugins/runner_onnx
+PLUGINS := $(LIGHT_PLUGINS) plugins/runner_onnx plugins/runner_torch
 PROJECTS := pyproject.toml $(PLUGINS:%=%/pyproject.toml)
 # Two stamps in .venv: the packages with what they need to run, and these with all that tests and checks need.
 LIGHT := $(VENV)/light.stamp

@@ -11,7 +11,14 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-PACKAGES = ("nanovllm", "nanovllm_models", "nanovllm_runner_numpy", "nanovllm_runner_onnx", "nanovllm_tokenizers")
+PACKAGES = (
+    "nanovllm",
+    "nanovllm_models",
+    "nanovllm_runner_numpy",
+    "nanovllm_runner_onnx",
+    "nanovllm_runner_torch",
+    "nanovllm_tokenizers",
+)
 SDIST_EXTRAS = {"PKG-INFO", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", ".gitignore"}
 
 

@@ -83,8 +83,8 @@ def test_listing_imports_nothing(install: Install) -> None:
 
 def test_not_installed_names_what_is_and_the_pip_line() -> None:
     have = ", ".join(dict.fromkeys(f.name for f in plugins.discover("runners")))
-    expected = f"no runner named 'torch' is installed (have: {have}); try: pip install 'nanovllm[torch]'"
-    assert fails("runners", "torch") == expected
+    expected = f"no runner named 'http' is installed (have: {have}); try: pip install 'nanovllm[http]'"
+    assert fails("runners", "http") == expected
     assert "pip" not in fails("runners", "unheard-of")
     assert fails("runners", "mocc").endswith("did you mean 'mock'?")
     assert fails("observers", "x") == "no observer named 'x' is installed (have: none)"
@@ -92,7 +92,7 @@ def test_not_installed_names_what_is_and_the_pip_line() -> None:
 
 def test_every_pip_line_for_the_core_names_an_extra_or_a_later_one() -> None:
     metadata = importlib.import_module("importlib.metadata").metadata("nanovllm")
-    extras = {*metadata.get_all("Provides-Extra"), "torch", "http", "server"}
+    extras = {*metadata.get_all("Provides-Extra"), "http", "server"}
     for (group, name), target in plugins._OFFICIAL.items():
         assert plugins.pip_hint(group, name) == f"try: pip install '{target}'"
         if target.startswith("nanovllm["):

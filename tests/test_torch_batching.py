@@ -1,0 +1,145 @@
+"""However a batch is composed, chunked or laid out in blocks, a sequence's logits are its own: NumPy's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import numpy_support
+from models_support import write_checkpoint
+from test_numpy_batching import MODELS, prompt
+from torch_support import Driver, attention, fill, make_runner
+
+ROUNDING = {"rtol": 0, "atol": 1e-4}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def path(request, tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp(request.param), MODELS[request.param])
+
+
+@pytest.fixture(scope="module")
+def runner(path):
+    return make_runner(path, num_blocks=200)
+
+
+@pytest.fixture(scope="module")
+def numpy_runner(path):
+    return numpy_support.make_runner(path, num_blocks=200)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16, 49])
+def test_chunked_equals_whole(runner, numpy_runner, chunk):
+    tokens = prompt(50)
+    wanted = numpy_support.Driver(numpy_runner).logits(tokens)
+    np.testing.assert_allclose(Driver(runner).logits(tokens, chunk=chunk), wanted, **ROUNDING)
+
+
+def test_any_order_of_blocks_gives_the_same_logits(runner):
+    tokens = prompt(50)
+    whole = Driver(runner).logits(tokens)
+    shuffled = np.random.default_rng(1).permutation(200).tolist()
+    np.testing.assert_array_equal(Driver(runner, shuffled).logits(tokens), whole)
+
+
+@given(data=st.data())
+@settings(max_examples=8, deadline=None)
+def test_random_programs_equal_each_sequence_alone(runner, numpy_runner, data):
+    """Sequences of random lengths advance by random chunks in random company, over shuffled blocks that
+    hold NaN from earlier owners."""
+    lengths = data.draw(st.lists(st.integers(1, 60), min_size=1, max_size=7))
+    texts = [prompt(length, seed=i) for i, length in enumerate(lengths)]
+    fill(runner, np.nan)
+    driver = Driver(runner, np.random.default_rng(data.draw(st.integers(0, 99))).permutation(200).tolist())
+    alone = [numpy_support.Driver(numpy_runner).logits(text) for text in texts]
+    done = [0] * len(texts)
+    while any(d < len(t) for d, t in zip(done, texts, strict=True)):
+        work = []
+        wanted: list[np.ndarray] = []
+        for lane, text in enumerate(texts):
+            left = len(text) - done[lane]
+            take = min(data.draw(st.sampled_from([left, 1, 1, 1, 5, 0])) if left else 0, left)
+            if take:
+                rows = data.draw(st.integers(0, take))
+                stop = done[lane] + take
+                work.append((lane, text, done[lane], stop, rows))
+                wanted += list(alone[lane][stop - rows : stop])
+                done[lane] = stop
+        if work:
+            got = driver.step(*work)
+            assert len(got) == len(wanted)
+            np.testing.assert_allclose(got, np.array(wanted).reshape(got.shape), **ROUNDING)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_foreign_blocks_hold_reaches_nobody(runner, bad):
+    tokens = [prompt(n, seed=n) for n in (3, 9, 30, 31)]
+    fill(runner, 0)
+    clean = [Driver(runner).logits(t)[-1] for t in tokens]
+    fill(runner, bad)
+    driver = Driver(runner, np.random.default_rng(0).permutation(200).tolist())
+    driver.step(*((i, t, 0, len(t) - 1, 0) for i, t in enumerate(tokens)))
+    decoded = driver.step(*((i, t, len(t) - 1, len(t), 1) for i, t in enumerate(tokens)))
+    np.testing.assert_allclose(decoded, clean, **ROUNDING)
+
+
+def test_one_sequence_with_nan_leaves_its_neighbours_alone(runner):
+    tokens = [prompt(20, seed=i) for i in range(3)]
+    driver = Driver(runner)
+    driver.step(*((i, t, 0, 19, 0) for i, t in enumerate(tokens)))
+    clean = driver.step(*((i, t, 19, 20, 1) for i, t in enumerate(tokens)))
+    runner._pool.array[:, driver.tables[1], runner._pool.num_kv_heads :] = np.nan  # its V
+    poisoned = driver.step(*((i, t, 19, 20, 1) for i, t in enumerate(tokens)))
+    assert np.isnan(poisoned[1]).all()
+    np.testing.assert_allclose(poisoned[[0, 2]], clean[[0, 2]], **ROUNDING)
+
+
+def test_no_rows_wanted_computes_the_cache_all_the_same(runner):
+    tokens = prompt(20)
+    driver = Driver(runner)
+    assert driver.step((0, tokens, 0, 19, 0)).shape == (0, runner.info.vocab_size)
+    np.testing.assert_allclose(driver.step((0, tokens, 19, 20, 1))[0], Driver(runner).logits(tokens)[-1], **ROUNDING)
+
+
+@pytest.mark.parametrize("numbers", [1, 3_000, 20_000])
+def test_attention_within_a_bound_of_memory_computes_the_same(runner, monkeypatch, numbers):
+    """Decode groups and prefill chunks of every size, down to one sequence and one row."""
+    tokens = [prompt(n, seed=n) for n in (2, 2, 5, 40, 1, 41, 90)]
+    shuffled = np.random.default_rng(0).permutation(200).tolist()
+    work = [(i, t, 0, len(t), len(t) // 2) for i, t in enumerate(tokens)]
+    next_work = [(i, t, len(t) - 1, len(t), 1) for i, t in enumerate(tokens)]
+    driver = Driver(runner, shuffled)
+    whole = [driver.step(*work), driver.step(*next_work)]
+    for name, value in (("GATHERED", {"cpu": numbers}), ("SCORES", numbers), ("ROWS_MIN", 1)):
+        monkeypatch.setattr(attention, name, value)
+    plans = []
+    plan = attention.PagedAttention.plan
+    monkeypatch.setattr(attention.PagedAttention, "plan", lambda *a: plans.append(plan(*a)) or plans[-1])
+    fill(runner, np.nan)
+    driver = Driver(runner, shuffled)
+    for step, wanted in zip((work, next_work), whole, strict=True):
+        np.testing.assert_allclose(driver.step(*step), wanted, **ROUNDING)
+    chunks = [chunk for p in plans for prefill in p.prefills for chunk in prefill.chunks]
+    groups = [decode for p in plans for decode in p.decodes]
+    if numbers == 1:
+        assert {chunk.last - chunk.first for chunk in chunks} == {1}
+        assert {group.num_seqs for group in groups} == {1}
+    heads, width = runner._model.spec.attention.num_heads, 2 * runner._model.spec.attention.head_size
+    for chunk in chunks:
+        assert chunk.last - chunk.first == 1 or (chunk.last - chunk.first) * chunk.right * heads <= numbers
+    for group in groups:
+        slots = len(group.runs) // (2 * runner._pool.num_kv_heads) * runner._pool.block_size
+        held = slots - group.num_seqs * (runner._pool.block_size - 1)  # without what the last blocks round up
+        assert group.num_seqs == 1 or held * runner._pool.num_kv_heads * width <= numbers
+
+
+def test_one_long_context_makes_short_ones_pay_at_most_twice(runner):
+    tokens = [prompt(n, seed=n) for n in (*range(1, 21), 120)]
+    lengths = np.array([len(t) for t in tokens[:7]] + [120])
+    attend = runner._model._attention
+    groups = list(attend._groups(np.arange(8), lengths))
+    assert sorted(i for group in groups for i in group) == list(range(8))
+    for group in groups:
+        assert lengths[group].max() <= 2 * lengths[group].min() + 64
