@@ -254,19 +254,12 @@ def test_a_padded_vocabulary_is_fine(model: Path) -> None:
     assert told(model, "note") == ["the model's vocabulary is padded: 61 for 2 entries of the tokenizer"]
 
 
-def test_a_directory_with_an_onnx_graph_needs_no_config(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(b"graph")
-    (tmp_path / "tokenizer.json").write_text(json.dumps(TOKENIZER))
-    assert document(tmp_path)["is_usable"] is True
-    assert document(tmp_path)["architecture"] is None
-
-
 @pytest.mark.parametrize("name", ["absent", "file"])
 def test_something_that_is_no_directory(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("x")
     result = run(tmp_path / name)
     assert (result.exit_code, result.stdout) == (4, "")
-    assert result.stderr.endswith("; give a model's directory\n")
+    assert result.stderr.endswith("; give a model's directory, or a graph's .onnx file\n")
 
 
 # ------------------------------------------------------------------------------------------ memory

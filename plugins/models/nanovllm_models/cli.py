@@ -1,4 +1,4 @@
-"""The commands of this package: `nanovllm demo`, `inspect` and `pull`: their options and what they print."""
+"""The commands of this package: `nanovllm demo`, `export`, `inspect` and `pull`: their options and what they print."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nanovllm.cli import plugin_command, summary
 from nanovllm.cli.ask import answer
 from nanovllm.cli.options import EngineCommand, engine_options
 from nanovllm.cli.terminal import echo, marks
+from nanovllm.plugins import discover
 
 if TYPE_CHECKING:
     from nanovllm.config import Loaded
@@ -38,6 +40,26 @@ def capitals(loaded: Loaded) -> None:
         echo(f"Q: {question} A: {' '.join(output.text.split())}")
     if failure is not None:
         raise failure
+
+
+class _Exporters(click.Group):
+    """Its commands are the plugins of the group `exporters`; one is imported when it is invoked, never to list them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({found.name for found in discover("exporters")})
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return plugin_command("exporters", name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formats = {found.name: summary(found.distribution) for found in discover("exporters")}
+        with formatter.section("Formats"):
+            formatter.write_dl(sorted(formats.items()) or [("none", "try: pip install 'nanovllm[onnx]'")])
+
+
+@click.group(cls=_Exporters, subcommand_metavar="FORMAT [OPTIONS]")
+def export() -> None:
+    """Write a model in another format."""
 
 
 @click.command()
@@ -70,8 +92,9 @@ def pull(repo: str, directory: Path, revision: str, onnx: bool) -> None:
 def inspect(ctx: click.Context, model: str, context: int | None, batch: int, as_json: bool) -> None:
     """Describe a model.
 
-    MODEL is a directory, or `demo`: what it is, what it takes in memory, which files are there and what is wrong with
-    them. No weights are read. The exit status is 4 if the model cannot be used.
+    MODEL is a directory, `demo`, or an .onnx file: what it is, what it takes in memory, which files are there and what
+    is wrong with them. No weights are read, but an ONNX graph is loaded, to try what it can do. The exit status is 4 if
+    the model cannot be used.
     """
     from nanovllm.plugins import resolve_model
 
@@ -110,6 +133,9 @@ def _print_report(report: Report) -> None:
         if (stored := report.stored) is not None:
             about["Stored as"] = f"{stored.dtype}, {stored.num_tensors} tensors, {_size(stored.num_bytes)}"
         rows(f"Model {report.directory}", about)
+    if report.graph is not None:
+        for title, table in report.graph.tables.items():
+            rows(title, dict(table))
     if (m := report.memory) is not None:
         kv = m.kv_per_token["fp32"] * m.context * m.batch
         sums = f"{_size(m.weights['fp32'])} of weights + {_size(kv)} of KV cache = {_size(m.total)} in fp32"
