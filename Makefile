@@ -3,10 +3,7 @@
 # The interpreter that makes .venv (3.10 or newer), and options for pytest.
 PYTHON ?= python3
 ARGS ?=
-# The extra of nanovllm whose runner `make demo` and `make onefile` take: numpy or onnx.
-RUNNER ?= numpy
-
-# What answers in the demo: numpy or onnx, which gets an environment of its own with only what it needs in it.
+# The runner of `make demo` and `make onefile`: numpy, or onnx, which gets an environment of its own.
 RUNNER ?= numpy
 
 VENV := $(if $(filter onnx,$(RUNNER)),.venv-onnx,.venv)

@@ -14,7 +14,6 @@ its distribution of the next token at every position of it, and against fp32's t
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,8 +61,8 @@ def write_text(model: Path, sequences: int, tokens: int, seed: int, threads: int
 
 def log_probabilities(
     model: Path, options: dict[str, object], texts: list[list[int]], threads: int
-) -> Iterator[NDArray[np.float32] | int]:
-    """First the bytes of the weights, then of each text (len - 1, vocab): what is said before its last token."""
+) -> tuple[int, list[NDArray[np.float32]]]:
+    """Bytes of the weights; and of each text (len - 1, vocab): what is said before its last token."""
     length = len(texts[0])
     context = Context(
         options=OnnxOptions.model_validate(options), model=str(model), path=model,
@@ -71,7 +70,7 @@ def log_probabilities(
         max_num_batched_tokens=length, max_model_len=length, threads=threads,
     )  # fmt: skip
     runner = plugin.create_runner(context)
-    yield int(runner.info.description["weight_bytes"])
+    rows = []
     table = np.arange(-(-length // BLOCK), dtype=np.int32)[None]
     for text in texts:
         ids = np.array(text, np.int32)
@@ -79,14 +78,16 @@ def log_probabilities(
         logits = runner.forward(Batch((seq,), table, BLOCK).packed)
         logits -= logits.max(axis=1, keepdims=True)
         logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        yield logits
+        rows.append(logits)
+    weight_bytes = runner.info.description["weight_bytes"]
     runner.close()
+    return weight_bytes, rows
 
 
 def score(
     model: Path, texts: list[list[int]], exact: list[NDArray[np.float32]], options: dict[str, object], threads: int
 ) -> Score:
-    size, *found = log_probabilities(model, options, texts, threads)
+    size, found = log_probabilities(model, options, texts, threads)
     divergences = [(np.exp(p) * (p - q)).sum(axis=1) for p, q in zip(exact, found, strict=True)]
     same = [p.argmax(axis=1) == q.argmax(axis=1) for p, q in zip(exact, found, strict=True)]
     said = [q[np.arange(len(q)), text[1:]] for q, text in zip(found, texts, strict=True)]
@@ -105,7 +106,7 @@ def main() -> None:
     print("|---|---|---:|---:|---:|---:|---:|")
     for model in args.models:
         texts = write_text(model, args.sequences, args.tokens, args.seed, args.threads)
-        _, *exact = log_probabilities(model, PRECISIONS["fp32"], texts, args.threads)
+        _, exact = log_probabilities(model, PRECISIONS["fp32"], texts, args.threads)
         for name, options in PRECISIONS.items():
             found = score(model, texts, exact, options, args.threads)
             worst = np.quantile(found.divergences, 0.99)

@@ -41,8 +41,9 @@ STYLES: dict[str, dict[str, Any]] = {
 FAULTS = (
     "mask ignored", "positions ignored", "past ignored", "past ignored by chunks", "rows coupled", "one row",
     "one token on a past", "random", "NaN", "quantised together", "new tokens first",
-    "table of positions", "table of columns",
+    "table of positions", "table of columns", "two ranges",
 )  # fmt: skip
+RANGE = 32  # tokens, of the fault "two ranges"
 
 
 class Writer:
@@ -153,7 +154,16 @@ class Llama:
     def prepare_rotation(self, positions: str) -> None:
         w = self.w
         freqs, _ = rotary_frequencies(self.attention.rotary[0], self.spec.max_positions)
-        angles = w.op("Mul", w.op("Unsqueeze", positions, w.ints(1, 3)), w.array("freqs", freqs))  # (B, 1, S, half)
+        rates = w.array("freqs", freqs)
+        if self.fault == "two ranges":  # a longer run has other frequencies, as longrope in onnxruntime-genai's graphs
+            is_long = w.op("Greater", w.size("attention_mask", 1), w.scalar(RANGE, np.int64))
+            halves = {}
+            for half, name in (("then", w.array("slow", freqs / 4)), ("else", rates)):
+                node = helper.make_node("Identity", [name], [f"{half}_rates"])
+                result = helper.make_empty_tensor_value_info(f"{half}_rates")
+                halves[f"{half}_branch"] = helper.make_graph([node], half, [], [result])
+            rates = w.op("If", is_long, **halves)
+        angles = w.op("Mul", w.op("Unsqueeze", positions, w.ints(1, 3)), rates)  # (B, 1, S, half)
         self.cos, self.sin = w.op("Cos", angles), w.op("Sin", angles)
 
     def heads(self, x: str, count: int) -> str:

@@ -191,7 +191,7 @@ def test_what_is_missing_has_its_consequence_and_its_remedy(model: Path) -> None
     found = document(model)
     assert found["missing"] == ["tokenizer_config.json", "generation_config.json", "model_info.json"]
     assert found["is_usable"] is True
-    assert "there is no generation_config.json: end tokens are taken from config.json" in told(model, "note")
+    assert "there is no generation_config.json: end tokens are what other files say" in told(model, "note")
     assert found["generation"] == {"eos_token_id": {"value": [2], "origin": "config.json"}}
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (model / name).unlink()

@@ -226,14 +226,23 @@ def test_directml_takes_turns_with_two_pools_and_a_failed_step_changes_nothing(t
 @pytest.mark.parametrize(
     ("device", "options", "reason"),
     [
-        ("cuda", {"weights": "int8"}, "int8.*no products of our kind on cuda.*int4 or fp16"),
+        ("cuda", {"weights": "int8"}, "int8 is not for cuda.*no products of our kind.*int4 or fp16"),
         ("directml", {"weights": "int8"}, "int8.*directml"),
-        ("cuda", {"weights": "fp32"}, "fp32.*paged attention on cuda computes in fp16"),
+        ("cuda", {"weights": "fp32"}, "fp32 is not for cuda, where paged attention computes in fp16"),
     ],
 )
 def test_precisions_that_a_device_lacks(device, options, reason, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=reason):
         make_device_runner(monkeypatch, write_checkpoint(tmp_path, LLAMA | {"model_type": "llama"}), device, **options)
+
+
+@pytest.mark.parametrize("name", ["falcon-rw-alibi", "mixtral"])
+def test_a_model_that_a_device_cannot_express_does_not_fall_back(name, tmp_path, monkeypatch):
+    """A fallback is for a device that is not there. Of what the device will never run, the user shall know."""
+    model_type, _, config = MODELS[name]
+    path = write_checkpoint(tmp_path, config | {"model_type": model_type})
+    with pytest.raises(UnsupportedModelError, match=r"device: cuda has no .*; choose device: cpu"):
+        make_device_runner(monkeypatch, path, "cuda", fallback=["cpu"])
 
 
 @pytest.mark.parametrize("block_size", [8, 24])

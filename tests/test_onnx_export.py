@@ -325,7 +325,8 @@ def test_data_that_are_cut_short(exported, tmp_path):
     [
         ({"weights": "fp64"}, "weights: .*'fp32', 'fp16', 'int8' or 'int4', not 'fp64'"),
         ({"weights": "int4", "int4_block": 64}, "int4_block"),
-        ({"int4_block": 32}, "int4_block means something only with weights: int4"),
+        ({"int4_block": 32}, "^int4_block means something only with weights: int4"),
+        ({"weights": "fp16"}, "weights: fp16 is not for the cpu.*choose weights: int8 or fp32"),
         ({"device": "npu"}, "device: .*'cpu', 'cuda' or 'directml', not 'npu'"),
         ({"max_length": 129}, "max_length is 129, but tiny has 128 positions; give 1 to 128"),
         ({"max_length": 0}, "max_length is 0"),
@@ -368,11 +369,22 @@ def test_force_replaces_nothing_but_exports(checkpoint, tmp_path):
         export(checkpoint, tmp_path / "thesis", force=True)
     with pytest.raises(ConfigError, match="is not a directory"):
         export(checkpoint, tmp_path / "file", force=True)
-    both = shutil.copytree(checkpoint, tmp_path / "both" / "model").parent
-    (both / "model.onnx").write_text("somebody's")
+    both = export(checkpoint, tmp_path / "both")
+    shutil.copytree(checkpoint, both / "model")
     with pytest.raises(ConfigError, match="holds no export that --force could replace"):
         export(both / "model", both, force=True)
     assert (both / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("whose", ["damaged", "somebody's"])
+def test_force_leaves_the_graphs_of_others_alone(whose, checkpoint, exported, tmp_path):
+    out = shutil.copytree(exported, tmp_path / "out")
+    model = onnx.load(out / "model.onnx", load_external_data=False)
+    del model.metadata_props[:]
+    (out / "model.onnx").write_bytes(b"" if whose == "damaged" else model.SerializeToString())
+    with pytest.raises(ConfigError, match="holds no export that --force could replace"):
+        export(checkpoint, out, force=True)
+    assert (out / "model.onnx.data").exists()
 
 
 @pytest.mark.parametrize("number", range(1, 8))
@@ -448,6 +460,11 @@ def test_the_command_with_the_words_of_the_founding_documents(checkpoint, tmp_pa
         status, output = run(*arguments)
         assert (status, "4 files" in output, "nanovllm ask --runner onnx" in output) == (0, True, True), output
     assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c") == contents(tmp_path / "d")
+
+
+def test_the_command_says_how_to_ask_what_it_wrote(checkpoint, tmp_path):
+    _, output = run("-m", checkpoint, "-o", tmp_path / "an export", "--block-size", "32", "-e", "dml")
+    assert output.endswith('/an export\' --set cache.block_size=32 --set runner.device=dml "..."\n')
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,8 @@ def test_an_open_size_and_an_unnamed_one(tmp_path):
     del model.graph.input[0].type.tensor_type.shape.dim[:]
     model.graph.input[0].type.tensor_type.shape.dim.add()
     model.graph.input[0].type.tensor_type.shape.dim.add(dim_value=3)
-    assert header_of(tmp_path, model).inputs[0].shape == (None, 3)
+    model.graph.input[0].type.tensor_type.shape.dim.add(dim_value=-1)
+    assert header_of(tmp_path, model).inputs[0].shape == (None, 3, None)
 
 
 @needs_data
@@ -205,6 +206,11 @@ def test_a_shape_needs_its_bytes_wherever_the_tensor_is(place, dims, reason, tmp
     assert len(model.SerializeToString()) < 500
     with pytest.raises(ModelError, match=f"'bomb'.*{reason}"):
         header_of(tmp_path, model)
+
+
+def test_a_million_dimensions_are_refused_before_they_are_multiplied(tmp_path):
+    model = graph_model([claimed([2**62] * 1_000_000, name="bomb")])
+    assert "'bomb' has 1,000,000 dimensions" in refusal(tmp_path, model)
 
 
 def test_numbers_written_one_by_one_are_counted(tmp_path):

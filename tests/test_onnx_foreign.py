@@ -18,6 +18,7 @@ from nanovllm.errors import ConfigError, RunnerError
 from nanovllm.hookspecs import CacheOptions
 from nanovllm_runner_onnx.foreign import runner as foreign_runner
 from nanovllm_runner_onnx.foreign.runner import ForeignRunner
+from nanovllm_runner_onnx.foreign.work import Work
 from nanovllm_runner_onnx.options import OnnxOptions
 from numpy_support import GREEDY
 
@@ -283,6 +284,17 @@ def test_shared_rows_with_few_holes_are_one_run_and_with_many_are_two(graphs, mo
     assert shapes == [(1, 2), (6, 1), (1, 1)]
     np.testing.assert_allclose(got[:4], [alone(t)[-1] for t in texts.values()], **ROUNDING)
     np.testing.assert_allclose(got[4:], alone(texts[5])[4:6], **ROUNDING)
+
+
+def test_padding_of_a_chunk_is_not_written_into_the_next_row(graphs):
+    """Where a provider takes several chunks in one run (the CPU's does not), they must end within their rows."""
+    rows = make_runner(graphs[1]["gqa"])._keeper
+    nothing = np.empty((0, VOCAB), np.float32)
+    late, long, short = (
+        Work(lane, np.zeros(n, np.int32), start, nothing) for lane, n, start in ((0, 2, 92), (1, 9, 10), (1, 4, 10))
+    )
+    assert not rows.can_join([late], long)
+    assert rows.can_join([late], short)
 
 
 def test_logits_of_all_positions_stay_bounded(graphs, monkeypatch, alone, tmp_path):

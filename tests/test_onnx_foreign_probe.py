@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
+import numpy_support
 import onnx_support
 from engine_support import ask, drive, greedy, make_engine
-from foreign_graphs import CONFIG, FAULTS, STYLES, write, write_all
+from foreign_graphs import CONFIG, FAULTS, RANGE, STYLES, write, write_all
 from models_support import file_tensors, write_checkpoint
 from nanovllm.errors import ConfigError, ModelError
 from nanovllm_runner_onnx.foreign.probe import probe_model
@@ -137,6 +139,33 @@ def test_padding_that_sees_nothing_and_becomes_nan_stays_on_the_side_where_it_se
     assert (probed(path)["batches"], probed(path)["padding"]) == (["decodes", "chunks"], "left")
 
 
+@pytest.mark.parametrize("style", ["optimum", "gqa-positions", "no-past"])
+def test_a_graph_that_branches_by_length_gives_every_sequence_what_it_has_alone(style, graphs, tmp_path, caplog):
+    """Texts of the probe are too short to show it: a long neighbour would change the rope of a short sequence."""
+    path = write(tmp_path / "graph", graphs[0], fault="two ranges", **STYLES[style])
+    linear = write_checkpoint(tmp_path / "long", CONFIG | {"rope_scaling": {"type": "linear", "factor": 4.0}})
+    short_rope, long_rope = (numpy_support.Driver(numpy_support.make_runner(p)) for p in (graphs[0], linear))
+
+    def expected(tokens: list[int]) -> list[int]:
+        for _ in range(9):
+            driver = short_rope if len(tokens) <= RANGE else long_rope
+            tokens = [*tokens, int(driver.logits(tokens)[-1].argmax())]
+        return tokens[-9:]
+
+    prompts = [np.random.default_rng(n).integers(4, CONFIG["vocab_size"], n).tolist() for n in (5, 45, 28)]
+    found = probed(path)
+    assert (found["past"], found["chunked_prefill"], found["batches"]) == ("recomputed", True, [])
+    for options in ({}, {"max_num_batched_tokens": 10}):
+        assert answers(make_runner(path), prompts, **options) == [expected(p) for p in prompts]
+    assert "branches by length" in caplog.text
+    assert f"max_model_len of {RANGE} or less avoids that" in caplog.text
+    caplog.clear()
+    within = make_runner(path, max_model_len=RANGE)
+    assert within.info.description["batches"] == probed(graphs[1][style])["batches"]
+    assert answers(within, [prompts[0], prompts[2][:23]]) == [expected(prompts[0]), expected(prompts[2][:23])]
+    assert not caplog.text
+
+
 def test_graphs_that_compute_no_prompt_are_refused(graphs, tmp_path):
     with pytest.raises(ModelError, match=r"cannot compute a prompt of 9 tokens without a past.*Reshape.*; export it"):
         probed(write(tmp_path / "one", graphs[0], fault="one token on a past"))
@@ -146,6 +175,20 @@ def test_graphs_that_compute_no_prompt_are_refused(graphs, tmp_path):
     nan = write_checkpoint(tmp_path / "nan", CONFIG, tensors)
     with pytest.raises(ModelError, match="logits are not finite"):
         probed(write(tmp_path / "nan-graph", nan))
+
+
+def test_a_vocabulary_of_none_is_refused(graphs):
+    path = graphs[1]["no-past"] / "empty.onnx"
+    model = onnx.load(path.with_name("model.onnx"))
+    last = model.graph.node[-1]
+    last.op_type, last.input[:] = "Slice", [last.input[0], "zero", "zero", "axis"]
+    model.graph.initializer.extend(
+        onnx.numpy_helper.from_array(np.array([n]), name) for n, name in ((0, "zero"), (2, "axis"))
+    )
+    model.graph.output[0].type.tensor_type.shape.dim[2].dim_param = "vocab"
+    onnx.save(model, path)
+    with pytest.raises(ModelError, match=r"logits of shape \[1, 9, 0\]"):
+        probed(path)
 
 
 def test_more_positions_than_the_graph_has_are_refused_at_load(graphs, tmp_path):
@@ -164,8 +207,8 @@ def test_a_graph_without_a_model_in_it_is_refused():
 
 
 def test_every_fault_is_tried():
-    tried = {fault for fault, _ in FOUND_OUT | REFUSING} | {"NaN", "random", "table of positions", "table of columns"}
-    assert tried == set(FAULTS)
+    others = {"NaN", "random", "table of positions", "table of columns", "two ranges"}
+    assert {fault for fault, _ in FOUND_OUT | REFUSING} | others == set(FAULTS)
 
 
 def test_no_run_has_no_rows_or_no_columns(graphs, monkeypatch):

@@ -23,7 +23,7 @@ SHAPE = ("batch", 2, "past", 8)
 def header(inputs: list[Value], outputs: list[Value]) -> Header:
     return Header(
         path=Path("g.onnx"), ir_version=9, opsets={"": 17}, producer="", metadata={}, ops=frozenset(),
-        inputs=tuple(inputs), outputs=tuple(outputs), weight_bytes=0, data_files={},
+        inputs=tuple(inputs), outputs=tuple(outputs), same_until=None, weight_bytes=0, data_files={},
     )  # fmt: skip
 
 
@@ -141,6 +141,9 @@ def test_inputs_of_other_kinds_of_models_are_named(value, reason):
          r"\(b, heads, past, 8\); understood are .* exactly one size.*; export it with dynamic lengths"),
         ([pair("past_key_values.0.key", "present.0.key", (1, 2, 64, 8))], UnsupportedModelError,
          r"\(1, 2, 64, 8\); understood"),
+        ([pair("past_key_values.0.key", "present.0.key", ("b", 2**62, "past", 8))], ModelError,
+         r"a token takes 147,573,952,589,676,412,928 bytes in 'past_key_values.0.key'"),
+        ([pair("past_key_values.0.key", "present.0.key", ("b", 0, "past", 8))], ModelError, "a token takes 0 bytes"),
         ([pair("past_key_values.0.key", "present.0.key", dtype="bfloat16")], UnsupportedModelError, "is bfloat16"),
         ([pair("past_key_values.0.key", "present.0.key", ("b", "past", 16))], UnsupportedModelError, "nobody here"),
     ],
@@ -148,6 +151,20 @@ def test_inputs_of_other_kinds_of_models_are_named(value, reason):
 def test_pasts_that_cannot_be_kept(pairs, error, reason):
     with pytest.raises(error, match=reason):
         read(*pairs)
+
+
+def test_two_pasts_do_not_share_a_present(tmp_path):
+    names = {"past_key_names": "k.%d", "past_value_names": "v.%d"}, {
+        "present_key_names": "new.%d", "present_value_names": "new.%d"
+    }  # fmt: skip
+    with pytest.raises(ModelError, match=r"'v\.0' has no output that continues it"):
+        read(pair("k.0", "new.0"), pair("v.0", "x.0"), genai=genai(tmp_path, *names))
+
+
+@pytest.mark.parametrize("dtype", ["string", "uint4", "undefined"])
+def test_a_number_of_logits_is_a_number(dtype):
+    with pytest.raises(ModelError, match=f"'num_logits_to_keep' is {dtype}, no number of tokens"):
+        read(more=[Value("num_logits_to_keep", dtype, ())])
 
 
 def test_a_present_that_continues_nothing():

@@ -178,6 +178,15 @@ def test_values_of_a_wrong_kind_are_named(key, value, reason, tmp_path):
         find_onnx_model(tmp_path)
 
 
+def test_an_endless_surprise_is_named_once(tmp_path):
+    """Its own keys are neither walked, which Python's stack would not bear everywhere, nor joined."""
+    deep: dict[str, Any] = {}
+    for _ in range(500):
+        deep = {"a": deep or 1}
+    write(tmp_path, changed(PHI2, "model.deep", deep), PHI2)
+    assert found(tmp_path).genai.unknown == ("model.deep.a.a.a.a.a",)
+
+
 @pytest.mark.parametrize("raw", ["", "{", "[]", '{"model": {}, "model": {}}', '{"model": NaN}', "{" * 100_000])
 def test_a_damaged_file(raw, tmp_path):
     write(tmp_path, PHI2)

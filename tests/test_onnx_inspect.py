@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 from genai_configs import PHI2, QWEN25, write
 from models_support import LLAMA, write_checkpoint
 from nanovllm.cli import cli
+from nanovllm.errors import PluginError
 from nanovllm_models import inspect_graph
 from onnx_files import DATA as WEIGHTS
 from onnx_files import external, graph_model, save, tensor
@@ -95,6 +97,17 @@ def test_unknown_keys_and_other_graphs_are_notes(tmp_path):
     assert "genai_config.json: model.prompt_templates.user is not known here and not used" in notes
     assert "other.onnx is another graph" in notes
     assert f"{WEIGHTS} holds no data of model_q4.onnx" in notes
+
+
+def test_names_of_strangers_do_not_steer_the_terminal(tmp_path):
+    model = graph_model(opsets={"": 21})
+    model.producer_name = "\x1b[2Jnice"
+    save(tmp_path, model)
+    (tmp_path / "\x1b]0;title\x07.txt").write_text("")
+    _, text = inspect(tmp_path)
+    assert "\\x1b[2Jnice" in text
+    assert "\\x1b]0;title\\x07.txt is not read" in text
+    assert all(c.isprintable() or c == "\n" for c in text)
 
 
 # ---------------------------------------------------------------------------------- a validator per file
@@ -192,6 +205,13 @@ def test_without_the_runner_the_pip_line_is_said(tmp_path, monkeypatch):
     with pytest.raises(
         Exception, match=r"no inspector named 'onnx' is installed \(have: none\); try: pip install 'nano"
     ):
+        inspect_graph.inspect_graph(tmp_path)
+
+
+def test_without_the_package_onnx_the_pip_line_is_said(tmp_path, monkeypatch):
+    save(tmp_path, graph_model([tensor()]))
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(PluginError, match=r"needs the package onnx.*pip install 'nanovllm\[onnx\]'"):
         inspect_graph.inspect_graph(tmp_path)
 
 

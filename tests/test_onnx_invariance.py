@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from models_support import GPT2, LLAMA, QWEN3, write_checkpoint
 from nanovllm.request import SamplingParams
+from nanovllm_runner_onnx.options import OnnxOptions
 from numpy_support import Driver
 from onnx_support import fill, make_runner, precision
 from support import needs_data
@@ -105,6 +106,12 @@ def test_where_it_is_not_promised(tmp_path):
     for kind in KINDS:
         runner = make_runner(write_checkpoint(tmp_path, MODELS["mixtral"]), options=precision(kind))
         assert not runner.info.batch_invariant or kind != "int4-128"
+
+
+def test_options_of_the_session_end_the_promise(tmp_path):
+    """This one has kernels chosen by the number of rows."""
+    options = OnnxOptions(session_options={"session.disable_prepacking": True})
+    assert not make_runner(write_checkpoint(tmp_path, MODELS["llama"]), options=options).info.batch_invariant
 
 
 # ----------------------------------------------------------------------------------------- the engine

@@ -161,6 +161,14 @@ def test_facts_come_from_the_first_file_that_has_them(tmp_path):
         find_onnx_model(tmp_path)
 
 
+@pytest.mark.parametrize("length", [0, -1, 2**31, "77", 7.5, True])
+def test_a_context_that_is_no_length_is_named(length, tmp_path):
+    put(tmp_path, "model.onnx")
+    (tmp_path / "config.json").write_text(json.dumps({"n_ctx": None, "n_positions": length}))
+    with pytest.raises(ModelError, match=r"config\.json: n_positions is .*; it must be a whole number from 1"):
+        find_onnx_model(tmp_path)
+
+
 def test_the_name_of_a_hub_snapshot_is_the_repository(tmp_path):
     snapshot = tmp_path / "models--org--name" / "snapshots" / "0123"
     assert found(put(snapshot, "model.onnx")).name == "org/name"

@@ -104,6 +104,17 @@ def test_int4_is_what_onnx_runtimes_own_quantiser_gives(shape, block, tmp_path):
     assert (got[:, num_in // 2 :] == 0x88).all()  # padding stands for zeros
 
 
+@pytest.mark.parametrize("tiny", [1e-45, 1e-39, -1e-39, 1e-30])
+def test_numbers_that_are_as_good_as_zeros(tiny, tmp_path):
+    """The inverse of the smallest ones is none."""
+    w = tensors(tmp_path, w=np.full((2, 64), tiny))["w"]
+    values, scales = to_int4([w], 32)
+    number = np.stack([values & 15, values >> 4]).astype(np.float64) - 8
+    assert np.abs(number * scales[:, :, None] - tiny).max() <= max(abs(tiny) / 100, 1e-38)
+    values, scales = to_int8([w])
+    assert np.abs(values.T * scales[:, None].astype(np.float64) - tiny).max() <= 1e-32
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_int8_rounds_to_the_nearest_of_255_steps(transposed, tmp_path):
     w = np.random.default_rng(0).standard_normal((600, 400), dtype=np.float32)
@@ -232,7 +243,7 @@ def test_whether_products_of_8_bits_saturate_is_tried_out():
 
 
 def test_fp16_on_a_cpu_is_refused_with_what_to_use_instead(tmp_path):
-    with pytest.raises(ConfigError, match=r"no product of fp16 matrices on a CPU.*int8 or fp32"):
+    with pytest.raises(ConfigError, match=r"weights: fp16 is not for the cpu.*int8 or fp32"):
         make_runner(write_checkpoint(tmp_path, LLAMA), options=precision("fp16"))
 
 

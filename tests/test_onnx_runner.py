@@ -20,6 +20,7 @@ from nanovllm.cli import cli
 from nanovllm.errors import ConfigError, ModelError, RunnerError, UnsupportedModelError
 from nanovllm.hookspecs import CacheOptions
 from nanovllm_models import load_checkpoint
+from nanovllm_runner_onnx import decoder
 from nanovllm_runner_onnx.decoder import build_decoder
 from nanovllm_runner_onnx.modules import ACTIVATIONS
 from numpy_support import Driver
@@ -94,6 +95,15 @@ def test_the_precision_of_the_configuration_is_what_is_held():
 def test_what_the_builder_lacks_is_refused_by_name(path, monkeypatch):
     monkeypatch.delitem(ACTIVATIONS, "silu")
     with pytest.raises(UnsupportedModelError, match="no activation 'silu'"):
+        make_runner(path)
+
+
+def test_tables_that_do_not_fit_in_memory_say_what_to_lower(path, monkeypatch):
+    def too_much(*_):
+        raise MemoryError("Unable to allocate 4.00 GiB")
+
+    monkeypatch.setattr(decoder, "rotary_frequencies", too_much)
+    with pytest.raises(ConfigError, match=r"tables of 128 positions do not fit .*4.00 GiB; lower max_model_len"):
         make_runner(path)
 
 

@@ -21,7 +21,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.errors import ConfigError, ModelError, PluginError
 from nanovllm_models import load_checkpoint
 from nanovllm_runner_onnx.graph import Graph
-from nanovllm_runner_onnx.install import OLDEST, import_onnxruntime, pip_line
+from nanovllm_runner_onnx.install import OLDEST, pip_line
 from nanovllm_runner_onnx.options import OnnxOptions
 from nanovllm_runner_onnx.session import SessionSettings, facts, open_session, settings_of
 from nanovllm_runner_onnx.session_options import provider_options, session_options
@@ -293,6 +293,11 @@ def test_a_model_may_be_a_file_or_bytes(tmp_path):
         open_session(tmp_path / "model.onnx", settings())
 
 
+def test_a_refusal_that_the_users_options_may_have_caused_says_so():
+    with pytest.raises(ModelError, match=r"refuses the graph: .*severity.*try it without runner.session_options"):
+        open_session(product(), settings(session_options={"log_severity_level": 99}))
+
+
 def test_mapped_weights_are_read_in_place_and_live_as_long_as_the_session(path):
     """Weights of a float32 file are handed over as they are mapped, others copied; both give the same numbers."""
     weights = load_checkpoint(path).weights
@@ -337,8 +342,8 @@ def test_two_distributions_at_once_are_an_error_on_a_device_and_a_warning_on_the
     with pytest.raises(PluginError, match=rf"onnxruntime and onnxruntime-gpu are installed together.*{remedy}"):
         settings(device="cuda")
     with caplog.at_level(logging.WARNING, "nanovllm_runner_onnx"):
-        assert import_onnxruntime("cpu") is ort
-    assert "pip install 'nanovllm[onnx]'" in caplog.text
+        facts(settings(), open_session(product(), settings()))
+    assert caplog.text.count("pip install 'nanovllm[onnx]'") == 2  # once for each time that settings are made
     fallen = settings(device="cuda", fallback=["cpu"])
     assert fallen.device == "cpu"
     assert "installed together" in fallen.fell_back

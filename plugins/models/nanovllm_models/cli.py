@@ -111,12 +111,16 @@ def inspect(ctx: click.Context, model: str, context: int | None, batch: int, as_
 
 
 def _print_report(report: Report) -> None:
+    def say(line: str) -> None:
+        """What steers a terminal is shown as an escape: names and texts come from files of strangers."""
+        echo("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+
     def rows(title: str, table: dict[str, str]) -> None:
         if table:
-            echo(title)
+            say(title)
             width = max(map(len, table))
             for key, value in table.items():
-                echo(f"  {key:<{width}}  {value}".rstrip())
+                say(f"  {key:<{width}}  {value}".rstrip())
 
     if (a := report.architecture) is not None:
         about = {
@@ -159,9 +163,9 @@ def _print_report(report: Report) -> None:
     rows("Text", tokens | defaults)
     rows("Files", {file.name: f"{_size(file.size):>9}  {file.use or 'unexpected'}" for file in report.files})
     rows("Missing", dict.fromkeys(report.missing, ""))
-    echo("Findings" if report.findings else "Nothing is wrong with it.")
+    say("Findings" if report.findings else "Nothing is wrong with it.")
     for finding in report.findings:
-        echo(f"  {finding.kind}: {finding.what}" + (f"; {finding.remedy}" if finding.remedy else ""))
+        say(f"  {finding.kind}: {finding.what}" + (f"; {finding.remedy}" if finding.remedy else ""))
 
 
 def _size(num_bytes: int) -> str:

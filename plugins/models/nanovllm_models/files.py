@@ -8,6 +8,7 @@ strict and returned as plain data. This file knows nothing of what the files say
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file. Raises ModelError naming the file and what is wrong with it."""
     try:
         with path.open("rb") as file:
-            raw = file.read(MAX_JSON_BYTES + 1)
+            size = os.fstat(file.fileno()).st_size
+            raw = file.read(min(size, MAX_JSON_BYTES) + 1)  # which reserves as much
     except OSError as e:
         raise ModelError(f"{path} cannot be read: {e.strerror or e}", hint="check its permissions") from e
     return parse_json(raw, str(path))

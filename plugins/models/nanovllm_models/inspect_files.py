@@ -51,9 +51,9 @@ NEEDED = (
     (("tokenizer_config.json",), "note", "special tokens and the chat template are what the tokenizer's file says"),
 )
 # The same, where there is no genai_config.json to say what they say.
-NEEDED_BESIDE_CONFIG = (
-    (("generation_config.json",), "note", "end tokens are taken from config.json"),
-    ((model_info.FILE_NAME,), "note", "its facts are taken from config.json"),
+NEEDED_WITHOUT_GENAI = (
+    (("generation_config.json",), "note", "end tokens are what other files say"),
+    ((model_info.FILE_NAME,), "note", "its facts are taken from other files"),
 )
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -87,7 +87,7 @@ def look_for_missing(files: Sequence[FoundFile]) -> tuple[list[str], list[Findin
     """The names that should be there, and what follows from their absence."""
     missing, findings = [], []
     has_genai = any(file.name == "genai_config.json" for file in files)
-    for patterns, kind, consequence in NEEDED if has_genai else (*NEEDED, *NEEDED_BESIDE_CONFIG):
+    for patterns, kind, consequence in NEEDED if has_genai else (*NEEDED, *NEEDED_WITHOUT_GENAI):
         if not any(fnmatchcase(file.name, pattern) for file in files for pattern in patterns):
             missing.append(patterns[0])
             remark, _, remedy = consequence.partition("; ")

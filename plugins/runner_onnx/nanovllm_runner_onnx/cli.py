@@ -63,4 +63,7 @@ def export_onnx(
             click.echo("\r\x1b[K", nl=False, err=True)
     files = [file for file in path.iterdir() if file.is_file()]
     echo(f"{marks().done} {output}: {len(files)} files, {sum(file.stat().st_size for file in files):,} bytes")
-    echo(f'Ask it: nanovllm ask --runner onnx --model {shlex.quote(output)} "..."')
+    sets = [] if block_size == CacheOptions().block_size else [f"--set cache.block_size={block_size}"]
+    if device != "cpu":
+        sets.append(f"--set runner.device={device}")
+    echo(" ".join(["Ask it: nanovllm ask --runner onnx --model", shlex.quote(output), *sets, '"..."']))

@@ -3,10 +3,10 @@
 Its interface is the engine's own: packed tokens, block tables, slots. The pool of a layer is
 (blocks, block_size, kv_heads, head_size), twice, in the memory of the device. It is fp16, like all else.
 
-Why stale numbers in a block reach nobody, though nothing clears it: of the operator's kernels (read in the
-source of ONNX Runtime, September 2026) FlashAttention overwrites the scores behind a sequence's end and loads
-zeros for the values there, the memory-efficient one first gathers exactly the tokens that the sequence has, and
-the decoding one visits no others. A block table is padded with a spare block, which is zero for good.
+No device has run it. Nothing clears a block here, so that stale numbers in it reach nobody rests on the operator,
+which is told every sequence's length. Of its source in ONNX Runtime (September 2026) what follows from these
+lengths was read, and the kernel of decoding, which visits no slot behind the end; the other kernels were not read.
+A block table is padded with a spare block, which is zero for good.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nanovllm_models import DecoderSpec
 
 from .graph import MICROSOFT, Graph
 
-MAX_SEQS = 256  # of a step: from there on, versions before 1.31 compute something else
+MAX_SEQS = 256  # of a step; of more, versions before 1.31 compute something else
 
 
 class CudaAttention:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 from onnx import TensorProto
 
+from nanovllm.errors import ConfigError
 from nanovllm_models import Attention, DecoderSpec, Rotary, Tensor, rotary_frequencies
 
 from .attention import PagedAttention
@@ -37,7 +38,8 @@ def build_decoder(
 ) -> Graph:
     """`max_len` positions; it fixes the frequencies of length-dependent rotary rules. `data` takes the weights.
 
-    Raises UnsupportedModelError naming what the spec has and this builder has not.
+    Raises UnsupportedModelError naming what the spec has and this builder has not, ConfigError for a precision or
+    sizes that the device or the memory has not, ModelError for a weight that cannot be converted.
     """
     check_limits(spec, device, block_size)
     g = Graph(float_type(precision, device), data, DIRECTML_OPSET if device == "directml" else OPSET)
@@ -48,8 +50,15 @@ def build_decoder(
     ids = g.input("input_ids", np.int32, ["T"])
     positions = g.input("positions", np.int32, ["T"])
     rows = g.input("rows", np.int32, ["R"])
-    attend = ATTENTIONS[device](g, spec, positions, max_len, block_size)
-    rotations = {r: _Rotation(g, r, i, positions, max_len) for i, r in enumerate(dict.fromkeys(attention.rotary)) if r}
+    try:
+        attend = ATTENTIONS[device](g, spec, positions, max_len, block_size)
+        rules = enumerate(dict.fromkeys(attention.rotary))
+        rotations = {rule: _Rotation(g, rule, i, positions, max_len) for i, rule in rules if rule}
+    except MemoryError as e:
+        raise ConfigError(
+            f"tables of {max_len} positions do not fit in memory: {e}",
+            hint="lower max_model_len (of an export: max_length)",
+        ) from e
 
     def post_norm(y: str, name: str) -> str:
         if block.post_norms:

@@ -7,7 +7,7 @@ from nanovllm_models import DecoderSpec, Experts
 
 MAX_HEAD_SIZE = 256  # of CUDA's PagedAttention; a multiple of 8
 MIN_BLOCK = 16  # tokens; a power of two
-INSTEAD = "set runner.device: cpu"
+INSTEAD = "choose device: cpu"
 
 
 def check_limits(spec: DecoderSpec, device: str, block_size: int) -> None:
@@ -28,6 +28,6 @@ def check_limits(spec: DecoderSpec, device: str, block_size: int) -> None:
         )
     if block_size < MIN_BLOCK or block_size & (block_size - 1):
         raise ConfigError(
-            f"cache.block_size is {block_size}, but device: cuda needs a power of two from {MIN_BLOCK} on",
-            hint=f"set cache.block_size: {MIN_BLOCK}",
+            f"block_size is {block_size}, but device: cuda needs a power of two from {MIN_BLOCK} on",
+            hint=f"choose block_size: {MIN_BLOCK}",
         )

@@ -33,16 +33,16 @@ class DirectMLInt4Linears(DeviceInt4Linears):
 
 
 def make_device_linears(graph: Graph, tensors: Mapping[str, Tensor], precision: Precision, device: str) -> Linears:
-    """Raises ConfigError for a precision that the device's provider has no operators for."""
+    """`linears.make_linears` of a device other than the CPU."""
     if precision.weights == "int8":
         raise ConfigError(
-            f"runner.weights is int8, for which ONNX Runtime has no products of our kind on {device}",
-            hint="set runner.weights to int4 or fp16",
+            f"weights: int8 is not for {device}, where ONNX Runtime has no products of our kind",
+            hint="choose weights: int4 or fp16",
         )
     if precision.weights == "fp32" and device == "cuda":
         raise ConfigError(
-            "runner.weights is fp32, but paged attention on cuda computes in fp16",
-            hint="set runner.weights to fp16 or int4",
+            "weights: fp32 is not for cuda, where paged attention computes in fp16",
+            hint="choose weights: fp16 or int4",
         )
     if precision.weights == "int4":
         linears = DirectMLInt4Linears if device == "directml" else DeviceInt4Linears

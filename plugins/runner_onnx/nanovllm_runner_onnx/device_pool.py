@@ -9,7 +9,6 @@ import numpy as np
 
 from nanovllm.batch import Packed
 
-from .install import import_onnxruntime
 from .options import Device
 
 if TYPE_CHECKING:
@@ -27,6 +26,8 @@ class DevicePool:
         self, device: Device, device_id: int, dtype: type[np.floating[Any]],
         num_layers: int, num_blocks: int, num_kv_heads: int, block_size: int, head_size: int,
     ) -> None:  # fmt: skip
+        import onnxruntime as ort
+
         self.num_blocks, self.block_size = num_blocks, block_size
         blocks = num_blocks + 1  # the last one is the spare one: zero for good
         if device == "cuda":
@@ -35,7 +36,7 @@ class DevicePool:
             shape, copies = (blocks * num_kv_heads * block_size, head_size), 2
         names = [f"{kind}.{layer}" for layer in range(num_layers) for kind in "kv"]
         self.nbytes = copies * len(names) * prod(shape) * np.dtype(dtype).itemsize
-        value_of, zeros = import_onnxruntime(device).OrtValue.ortvalue_from_numpy, np.zeros(shape, dtype)
+        value_of, zeros = ort.OrtValue.ortvalue_from_numpy, np.zeros(shape, dtype)
         self._copies = [{name: value_of(zeros, ORT_NAMES[device], device_id) for name in names} for _ in range(copies)]
 
     @property

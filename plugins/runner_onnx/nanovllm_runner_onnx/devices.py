@@ -18,7 +18,7 @@ from .cuda_attention import MAX_SEQS, cuda_inputs
 from .device_pool import DevicePool
 from .exported import Facts
 from .kv_pool import KVPool
-from .pieces import Cutter
+from .pieces import Cutter, Piece
 from .precision import Precision, float_type
 from .session import SessionSettings
 from .step import step_inputs
@@ -55,11 +55,12 @@ def check_max_num_seqs(facts: Facts, max_num_seqs: int) -> None:
         )
 
 
-def pieces_of(facts: Facts, packed: Packed) -> list[Packed]:
-    """The step in pieces whose scores fit in memory; those of CUDA's paged attention never exist at once."""
+def pieces_of(facts: Facts, weight_bytes: int, packed: Packed) -> list[Piece]:
+    """The step in as many runs as it needs; CUDA's paged attention neither pads nor holds all scores at once."""
     if facts.device == "cuda":
-        return [packed]
-    return Cutter(facts.num_heads, 2 * facts.num_kv_heads * facts.head_size)(packed)
+        return [Piece(packed, np.arange(len(packed.rows), dtype=np.int32))]
+    kv_numbers = 2 * facts.num_kv_heads * facts.head_size
+    return Cutter(facts.num_heads, kv_numbers, weight_bytes // facts.num_layers, facts.windows)(packed)
 
 
 def inputs_of(facts: Facts, packed: Packed, pool: Pool) -> Mapping[str, NDArray[np.int32]]:
@@ -70,11 +71,12 @@ def inputs_of(facts: Facts, packed: Packed, pool: Pool) -> Mapping[str, NDArray[
     return step_inputs(packed, facts.windows, pool.block_size, pool.spare_block, even)
 
 
-def is_batch_invariant(facts: Facts) -> bool:
+def is_batch_invariant(facts: Facts, settings: SessionSettings) -> bool:
     """Are logits the same to the bit however the batch is composed, chunked and laid out?
 
     It holds by what ONNX Runtime's kernels for x86 do (tests/test_onnx_invariance.py); those for other processors
-    have not been tried. How many tokens an expert is given, and so whether its last row is odd, is anyone's guess.
+    have not been tried, and the user's options of the session may choose others (session.disable_prepacking does).
+    How many tokens an expert is given, and so whether its last row is odd, is anyone's guess.
     """
     is_tried = facts.device == "cpu" and platform.machine().lower() in ("x86_64", "amd64")
-    return is_tried and not (facts.has_experts and facts.int4_block == 128)
+    return is_tried and not settings.session_options and not (facts.has_experts and facts.int4_block == 128)

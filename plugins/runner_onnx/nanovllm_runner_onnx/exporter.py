@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from nanovllm.errors import ConfigError
+from nanovllm.errors import ConfigError, ModelError
 from nanovllm.hookspecs import CacheOptions
 from nanovllm.plugins import resolve_model
 from nanovllm_models import load_checkpoint
@@ -23,6 +23,7 @@ from nanovllm_models.files import COMPANIONS, find_file
 
 from .exported import PROPERTY, Facts
 from .install import require_onnx
+from .onnx_file import read_header
 from .options import OnnxOptions
 from .paged_model import precision_of
 
@@ -57,7 +58,8 @@ def export(
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{where}: {first['msg']}, not {first['input']!r:.40}" if where else first["msg"]) from None
+        what = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{where}: {what}, not {first['input']!r:.40}" if where else what) from None
     if block_size < 1:
         raise ConfigError(f"block_size is {block_size}; it must be at least 1")
     require_onnx()
@@ -104,8 +106,15 @@ def _check_place(target: Path, source: Path, force: bool) -> None:
         return
     if not force:
         raise ConfigError(f"{target} is not empty", hint="choose another --output, or replace it with --force")
-    if not (target / GRAPH).is_file() or source.resolve().is_relative_to(target):
+    if not _is_export(target) or source.resolve().is_relative_to(target):
         raise ConfigError(f"{target} holds no export that --force could replace", hint="choose another --output")
+
+
+def _is_export(directory: Path) -> bool:
+    try:
+        return PROPERTY in read_header(directory / GRAPH, directory).metadata
+    except ModelError:  # none, or one that is damaged: not ours to remove
+        return False
 
 
 @contextmanager

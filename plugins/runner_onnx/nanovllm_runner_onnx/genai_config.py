@@ -22,6 +22,7 @@ from nanovllm_models.files import read_json
 from .onnx_file import Header, Value
 
 FILE_NAME = "genai_config.json"
+MAX_DEPTH = 6  # of objects in objects
 # What the graph's inputs and outputs are called where the file does not say; %d is the number of a layer.
 INPUTS = {
     "input_ids": "input_ids",
@@ -169,13 +170,13 @@ def _of_layer(names: Mapping[str, str], kind: str, layer: int) -> list[str]:
     return [names[key].replace("%d", str(layer)) for key in keys if key in names]
 
 
-def _keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted keys of everything that is no object."""
+def _keys(values: Mapping[str, Any], parents: tuple[str, ...] = ()) -> Iterator[str]:
+    """The dotted keys of everything that is no object; objects that lie deeper than all that is known are one key."""
     for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _keys(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping) and value and len(parents) < MAX_DEPTH:
+            yield from _keys(value, (*parents, key))
         else:
-            yield f"{prefix}{key}"
+            yield ".".join((*parents, key))
 
 
 def _section(parent: Config, key: str) -> Config:

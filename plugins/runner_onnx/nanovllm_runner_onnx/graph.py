@@ -118,7 +118,7 @@ class Graph:
         with np.errstate(over="ignore"):
             converted = array.astype(self.float_type, copy=False)
         if converted is not array and not np.isfinite(converted).all():
-            raise ModelError(f"{name} has numbers beyond {np.dtype(self.float_type)}", hint="set runner.device: cpu")
+            raise ModelError(f"{name} has numbers beyond {np.dtype(self.float_type)}", hint="choose device: cpu")
         return converted
 
     def model(self) -> bytes:

@@ -17,6 +17,7 @@ from nanovllm_models.inspect_files import Finding
 from nanovllm_models.inspect_graph import Inspection
 
 from .exported import is_exported, read_facts
+from .install import require_onnx
 from .model_files import OnnxModel, find_onnx_model, onnx_files
 from .onnx_file import Value, check_runnable
 from .options import OnnxOptions
@@ -24,7 +25,8 @@ from .session import settings_of
 
 
 def inspect(path: Path) -> Inspection:
-    """Raises ModelError for a model that cannot be used, PluginError without ONNX Runtime."""
+    """Raises ModelError for a model that cannot be used, PluginError without ONNX Runtime or the package onnx."""
+    require_onnx()
     model = find_onnx_model(path)
     if model is None:
         raise ModelError(f"{path} holds no ONNX graph", hint="give the graph's file")

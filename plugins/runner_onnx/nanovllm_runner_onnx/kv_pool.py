@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from nanovllm.batch import Packed
 
-from .install import import_onnxruntime
-
 if TYPE_CHECKING:
     import onnxruntime as ort  # type: ignore[import-untyped]
 
@@ -41,11 +39,12 @@ class KVPool:
 
     def bind(self, session: ort.InferenceSession) -> list[ort.IOBinding]:
         """One binding, for every step: what a step writes lies where it reads."""
+        import onnxruntime as ort
+
         binding = session.io_binding()
-        value_of = import_onnxruntime().OrtValue.ortvalue_from_numpy
         for i in range(len(self.array)):
             for kind, array in zip("kv", self.layer(i), strict=True):
-                value = value_of(array)
+                value = ort.OrtValue.ortvalue_from_numpy(array)
                 binding.bind_ortvalue_input(f"{kind}.{i}", value)
                 binding.bind_ortvalue_output(f"{kind}.{i}.after", value)
         return [binding]

@@ -152,6 +152,7 @@ class Int4Linears(QuantisedLinears):
 
 
 def make_linears(graph: Graph, tensors: Mapping[str, Tensor], precision: Precision, device: str) -> Linears:
+    """Raises ConfigError for a precision that the device has no operators for."""
     if device != "cpu":
         from .device_linears import make_device_linears
 
@@ -162,8 +163,8 @@ def make_linears(graph: Graph, tensors: Mapping[str, Tensor], precision: Precisi
         return Int4Linears(graph, tensors, precision.block)
     if precision.weights == "fp16":
         raise ConfigError(
-            "runner.weights is fp16, but ONNX Runtime has no product of fp16 matrices on a CPU",
-            hint="set runner.weights to int8 or fp32",
+            "weights: fp16 is not for the cpu, where ONNX Runtime has no product of fp16 matrices",
+            hint="choose weights: int8 or fp32",
         )
     return FloatLinears(graph, tensors)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nanovllm.errors import ModelError
 from nanovllm.plugins import model_directory
-from nanovllm_models import Default, model_info
+from nanovllm_models import Config, Default, model_info
 from nanovllm_models.checkpoint import EXPECTED as CHECKPOINT
 from nanovllm_models.checkpoint import is_checkpoint
 from nanovllm_models.files import find_file, read_json
@@ -116,7 +116,10 @@ def _with_facts(graph: Path, directory: Path, header: Header, genai: GenaiConfig
     if genai is not None:
         facts = {**genai.search, **genai.tokens, "vocab_size": genai.vocab_size}
         sources, context, logits = [(genai.path, facts), *files], [genai.context_length], genai.outputs["logits"]
-    context += [values.get(key) for path, values in files if path.name == "config.json" for key in CONTEXT]
+    for path, values in files:
+        if path.name == "config.json":
+            config = Config(values, str(path))
+            context += [config.integer(key) for key in CONTEXT if config.get(key) is not None]
     vocab_size = _vocab_size(header, logits, sources)
     eos_ids = special_ids(sources, "eos_token_id")
     if vocab_size is not None and max(eos_ids, default=0) >= vocab_size:
@@ -133,7 +136,7 @@ def _with_facts(graph: Path, directory: Path, header: Header, genai: GenaiConfig
         vocab_size=vocab_size,
         eos_ids=eos_ids,
         bos_id=next(iter(special_ids(sources, "bos_token_id")), None),
-        context_length=next((n for n in context if type(n) is int and n > 0), None),
+        context_length=next((n for n in context if n is not None), None),
         name=info.model_name if info is not None else model_info.directory_name(directory),
         sampling_defaults=sampling_defaults(sources),
     )

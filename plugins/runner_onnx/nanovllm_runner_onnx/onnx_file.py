@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import ModelError, UnsupportedModelError
 
+from .branches import same_until
 from .install import import_onnxruntime
 from .onnx_tensors import DOWNLOAD, check_tensors, dtype_name
 
@@ -55,6 +56,7 @@ class Header:
     ops: frozenset[tuple[str, str]]  # (domain, operator), without the functions that the file itself defines
     inputs: tuple[Value, ...]  # what a run must be given
     outputs: tuple[Value, ...]
+    same_until: int | None  # tokens beyond which the graph takes another branch (branches.py); None: never
     weight_bytes: int  # of all tensors, in the file's own types
     data_files: Mapping[str, int]  # name -> size of the files beside it that hold tensors
 
@@ -106,6 +108,7 @@ def read_header(path: Path, root: Path) -> Header:
         ops=frozenset((_domain(n.domain), n.op_type) for n in contents["NodeProto"]) - own,
         inputs=tuple(_value(v) for v in model.graph.input if v.name not in given),
         outputs=tuple(_value(v) for v in model.graph.output),
+        same_until=same_until(contents["NodeProto"], contents["TensorProto"]),
         weight_bytes=weight_bytes,
         data_files=data_files,
     )
@@ -203,7 +206,9 @@ def _by_type(model: ModelProto) -> dict[str, list[Any]]:
 
 def _value(value: Any) -> Value:
     tensor = value.type.tensor_type  # of something else than a tensor: empty
-    shape = tuple(getattr(d, d.WhichOneof("value") or "", None) for d in tensor.shape.dim)
+    sizes = (getattr(d, d.WhichOneof("value") or "", None) for d in tensor.shape.dim)
+    # Some exporters write -1 for a size that varies.
+    shape = tuple(None if isinstance(size, int) and size < 0 else size for size in sizes)
     return Value(value.name, dtype_name(tensor.elem_type), shape)
 
 

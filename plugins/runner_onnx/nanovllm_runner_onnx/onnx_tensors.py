@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from onnx import TensorProto
 
 MAX_SHARING = 2  # bytes of tensors per byte of the files they lie in: tied weights may be named twice
+MAX_RANK = 100
 DOWNLOAD = "the file is damaged or not what its name says: download or export it again"
 DATA_KEYS = {"location", "offset", "length", "checksum"}
 NAMES = {"float": "float32", "double": "float64"}  # the others' names are NumPy's
@@ -50,6 +51,8 @@ def check_tensors(path: Path, root: Path, tensors: Sequence[TensorProto]) -> tup
 
 def _check_size(tensor: TensorProto, where: str) -> int:
     """Bytes of the tensor by type and shape; those that lie in the graph's own file must be exactly as many."""
+    if len(tensor.dims) > MAX_RANK:  # the product of very many would take hours
+        raise ModelError(f"{where} has {len(tensor.dims):,} dimensions", hint=DOWNLOAD)
     dims = tuple(tensor.dims)
     if any(d < 0 for d in dims) or prod(d or 1 for d in dims) >= 2**63:
         raise ModelError(f"{where} has the impossible shape {list(dims)!s:.100}", hint=DOWNLOAD)

@@ -5,14 +5,13 @@ Words only: what this machine's ONNX Runtime can do about them is `session.py`'s
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Device = Literal["cpu", "cuda", "directml"]
-DEVICES = ("cpu", "cuda", "directml")
 LONG_NAMES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "directml"}
-_SPELLINGS = {name: name for name in DEVICES} | {long.lower(): name for long, name in LONG_NAMES.items()}
+_SPELLINGS = {name: name for name in get_args(Device)} | {long.lower(): name for long, name in LONG_NAMES.items()}
 _SPELLINGS["dml"] = "directml"
 
 Scalar = bool | int | float | str

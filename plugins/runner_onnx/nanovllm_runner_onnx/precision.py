@@ -70,8 +70,9 @@ def to_int4(tensors: list[Tensor], block: int) -> Quantised:
         high, low = blocks.max(axis=1), blocks.min(axis=1)
         peaks = np.where(high > -low, high, low)
         _check(peaks, name)
-        with np.errstate(divide="ignore"):
-            inverse = np.where(peaks, -8 / peaks, np.float32(0))
+        with np.errstate(divide="ignore", over="ignore"):
+            inverse = -8 / peaks
+        inverse[~np.isfinite(inverse)] = 0  # of a block of zeros, or of numbers that are as good as zeros
         q = blocks * inverse[:, None]
         q += np.float32(8.5)  # cut off below, which rounds
         q = np.minimum(q, np.float32(15)).astype(np.uint8)
@@ -95,4 +96,4 @@ def _bands(tensors: list[Tensor]) -> Iterator[tuple[int, NDArray[np.float32], st
 
 def _check(peaks: NDArray[np.float32], name: str) -> None:
     if not np.isfinite(peaks).all():
-        raise ModelError(f"{name} holds NaN or inf, which cannot be quantised", hint="use runner.weights: fp32")
+        raise ModelError(f"{name} holds NaN or inf, which cannot be quantised", hint="choose weights: fp32")

@@ -28,19 +28,19 @@ class OnnxRunner(LogitsRunner):
         check_max_num_seqs(facts, ctx.max_num_seqs)
         num_blocks = num_kv_blocks(slot_bytes(facts), ctx.cache, ctx.max_num_seqs, model.max_model_len)
         self._pool = make_pool(facts, num_blocks, settings)
-        self._session, weight_bytes = model.open()
+        self._session, self._weight_bytes = model.open()
         self._bindings = self._pool.bind(self._session)
         self._info = RunnerInfo(
             vocab_size=facts.vocab_size,
             max_model_len=model.max_model_len,
             max_num_seqs=ctx.max_num_seqs,
             kv=Paged(facts.block_size, num_blocks),
-            batch_invariant=is_batch_invariant(facts),
+            batch_invariant=is_batch_invariant(facts, settings),
             eos_ids=model.eos_ids,
             description={
                 **model.about,
                 "weights": facts.weights,
-                "weight_bytes": weight_bytes,
+                "weight_bytes": self._weight_bytes,
                 "kv_bytes": self._pool.nbytes,
                 "blocks": num_blocks,
                 **session_facts(settings, self._session),
@@ -53,8 +53,13 @@ class OnnxRunner(LogitsRunner):
 
     def forward(self, packed: Packed) -> NDArray[np.float32]:
         """Logits (R, vocab) float32 for `packed.rows`; K and V of all T tokens go into the pool."""
-        logits = [self._run(piece) for piece in pieces_of(self._facts, packed)]
-        return logits[0] if len(logits) == 1 else np.concatenate(logits)
+        pieces = pieces_of(self._facts, self._weight_bytes, packed)
+        if len(pieces) == 1:
+            return self._run(packed)
+        logits = np.empty((len(packed.rows), self._facts.vocab_size), np.float32)
+        for piece, rows in pieces:
+            logits[rows] = self._run(piece)
+        return logits
 
     def _run(self, packed: Packed) -> NDArray[np.float32]:
         self._pool.clear_ahead(packed)

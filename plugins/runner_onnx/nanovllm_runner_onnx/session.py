@@ -111,7 +111,8 @@ def open_session(
 
     Raises ModelError if ONNX Runtime refuses the model, ConfigError if it would run elsewhere than it should.
     """
-    ort = import_onnxruntime(settings.device)
+    import onnxruntime as ort
+
     options = session_options({**DEFAULTS, **settings.session_options})
     options.intra_op_num_threads = settings.threads
     if not settings.spinning:
@@ -137,7 +138,9 @@ def open_session(
         session = ort.InferenceSession(source, options, providers=chosen, enable_fallback=0)
     except Exception as e:
         subject = "the graph" if isinstance(model, bytes) else str(model)
-        raise ModelError(f"ONNX Runtime {ort.__version__} refuses {subject}: {e}") from e
+        reason = " ".join(str(e).split())  # in one line
+        hint = "try it without runner.session_options" if settings.session_options else None
+        raise ModelError(f"ONNX Runtime {ort.__version__} refuses {subject}: {reason}", hint=hint) from e
     session.weights = kept  # as long as it lives it reads them where they are
     let_go(kept)
     if session.get_providers()[0] != provider:
@@ -152,9 +155,11 @@ def open_session(
 
 def facts(settings: SessionSettings, session: ort.InferenceSession) -> dict[str, object]:
     """For a runner's description."""
+    import onnxruntime as ort
+
     fell_back = {} if settings.fell_back is None else {"fallback": settings.fell_back}
     return {
-        "onnxruntime": import_onnxruntime().__version__,
+        "onnxruntime": ort.__version__,
         "device": settings.device,
         **fell_back,
         "providers": session.get_providers(),
@@ -182,7 +187,8 @@ def _check_placement(session: ort.InferenceSession, settings: SessionSettings) -
 
 def _try_device(settings: SessionSettings) -> None:
     """Raises ConfigError if no session can be had on the device. To be known before a graph is built for it."""
-    ort = import_onnxruntime(settings.device)
+    import onnxruntime as ort
+
     installed = [LONG_NAMES[name] for name in ort.get_available_providers() if name in LONG_NAMES]
     if settings.device not in installed:
         raise ConfigError(

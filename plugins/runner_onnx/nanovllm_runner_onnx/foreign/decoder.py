@@ -69,7 +69,7 @@ class ForeignDecoder:
         logits: NDArray[Any] = binding.get_outputs()[0].numpy()
         if logits.ndim == 2:
             logits = logits[:, None]
-        if logits.ndim != 3 or logits.shape[0] != batch or logits.shape[1] not in (1, columns):
+        if logits.ndim != 3 or logits.shape[0] != batch or logits.shape[1] not in (1, columns) or not logits.size:
             raise RunnerError(
                 f"the graph answers a run of {batch} x {columns} tokens with logits of shape {list(logits.shape)}"
             )

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from nanovllm.errors import RunnerError
 
 from .decoder import ForeignDecoder
-from .work import Side, Work, hand_out, square
+from .work import Side, Work, fits, hand_out, square
 
 if TYPE_CHECKING:
     import onnxruntime as ort  # type: ignore[import-untyped]
@@ -54,8 +54,7 @@ class Grown:
 
     def can_join(self, group: Sequence[Work], work: Work) -> bool:
         """The padded whole has to fit too: some graphs have tables of max_len columns."""
-        together = [*group, work]
-        return max(w.start for w in together) + max(len(w.ids) for w in together) <= self._max_len
+        return fits([*group, work], self._max_len)
 
     def run(self, works: Sequence[Work], side: Side) -> None:
         decoder, pasts = self._decoder, self._decoder.signature.past

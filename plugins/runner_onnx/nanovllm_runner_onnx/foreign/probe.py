@@ -87,19 +87,19 @@ def probe_model(model: OnnxModel, settings: SessionSettings) -> dict[str, object
     """What `nanovllm inspect` says of a graph: loads and probes it. Raises ModelError, ConfigError."""
     signature = read_signature(model.header, model.genai)
     decoder = ForeignDecoder(open_session(model.path, settings), signature, settings)
-    return {"style": signature.style, **probe(decoder, ways_of(decoder, model.header)).facts}
+    return {"style": signature.style, **probe(decoder, ways_of(decoder, model.header, model.context_length)).facts}
 
 
 def probe(decoder: ForeignDecoder, ways: Mapping[str, Way]) -> Proven:
     """`ways` in the order in which they are preferred. Raises ModelError if not even a prompt can be computed."""
     bench = _Bench(decoder)
-    for name, (make, _) in ways.items():
+    for name, (make, _, alone) in ways.items():
         if not bench.keeps_a_past(make):
             log.warning("the graph's past cannot be kept as %s: its logits are not those from the beginning", name)
             continue
         # Right first: padding there sees its own sequence, on the left it may see nothing, which is NaN in some graphs.
         side: Side = "right"
-        together = bench.together(make, side)
+        together = {} if alone else bench.together(make, side)
         if not all(together.values()):
             on_the_left = bench.together(make, "left")
             if sum(on_the_left.values()) > sum(together.values()):

@@ -37,10 +37,10 @@ class ForeignRunner(LogitsRunner):
         signature = read_signature(model.header, model.genai)
         session = open_session(model.path, settings)
         decoder = ForeignDecoder(session, signature, settings)
-        ways = ways_of(decoder, model.header)
+        max_model_len = _model_len(model, ctx.max_model_len)
+        ways = ways_of(decoder, model.header, max_model_len)
         self._proven = proven = probe(decoder, ways)
         way = ways[proven.past]
-        max_model_len = _model_len(model, ctx.max_model_len)
         slot_bytes = signature.token_bytes * way.copies
         lane_len = _lane_len(ctx, slot_bytes, max_model_len) if slot_bytes else max_model_len
         if signature.positions is not None:

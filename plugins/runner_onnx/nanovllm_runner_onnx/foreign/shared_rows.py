@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .decoder import ForeignDecoder
-from .work import Side, Work, hand_out, square
+from .work import Side, Work, fits, hand_out, square
 
 MAX_HOLES = 4  # throw-away rows of a run; beyond, another run is cheaper
 
@@ -38,6 +38,8 @@ class SharedRows:
         return (work.lane,)
 
     def can_join(self, group: Sequence[Work], work: Work) -> bool:
+        if not fits([*group, work], self._max_len):  # padding would be written into the next row
+            return False
         holes = range(group[-1].lane + 1, work.lane)
         if not holes:
             return True

@@ -26,6 +26,7 @@ INPUTS = ("input_ids", "attention_mask", "position_ids", "num_logits_to_keep", "
 TEMPLATES = (("past_key_names", "present_key_names"), ("past_value_names", "present_value_names"),
              ("past_names", "present_names"))  # fmt: skip
 EXPORT = "export the text decoder with token ids, attention mask, position ids and keys and values of the past"
+MAX_TOKEN_BYTES = 2**22  # in one tensor of the past, far more than any model has
 # Part of an input's name -> what a graph with such an input is.
 REFUSED = {
     "embeds": "computes from embeddings, not from token ids",
@@ -117,6 +118,9 @@ def read_signature(header: Header, genai: GenaiConfig | None) -> Signature:
                 f"where {' or '.join(types)} (batch, tokens) is understood",
                 hint=EXPORT,
             )
+    num_logits = known["num_logits_to_keep"]
+    if num_logits is not None and num_logits.dtype not in ("int32", "int64"):
+        raise ModelError(f"{header.path}: {num_logits.name!r} is {num_logits.dtype}, no number of tokens", hint=EXPORT)
     if switch is not None and (switch.dtype != "bool" or not past):
         raise ModelError(f"{header.path}: {switch.name!r} is no switch between two branches", hint=EXPORT)
     logits = outputs.get(roles["logits"])
@@ -129,7 +133,7 @@ def read_signature(header: Header, genai: GenaiConfig | None) -> Signature:
         ids=ids,
         mask=known["attention_mask"],
         positions=known["position_ids"],
-        num_logits=known["num_logits_to_keep"],
+        num_logits=num_logits,
         use_cache=None if switch is None else switch.name,
         logits=logits,
         past=past,
@@ -140,7 +144,8 @@ def _pairs(
     header: Header, inputs: Iterable[Value], outputs: Mapping[str, Value], genai: GenaiConfig | None
 ) -> tuple[Past, ...]:
     """Every one of the inputs with the output that continues it."""
-    pairs = []
+    pairs: list[Past] = []
+    taken: set[str] = set()  # outputs
     for value in inputs:
         for part, what in REFUSED.items():
             if part in value.name:
@@ -151,15 +156,16 @@ def _pairs(
                 f"{header.path} has an input {value.name!r}, {value.dtype} {_shown(value)}, that nobody here knows",
                 hint=EXPORT,
             )
-        present = next((outputs[c] for c in candidates if c in outputs), None)
+        present = next((outputs[c] for c in candidates if c in outputs and c not in taken), None)
         if present is None:
             raise ModelError(
                 f"{header.path}: the input {value.name!r} has no output that continues it; "
                 f"{' or '.join(map(repr, candidates))} was expected",
                 hint="export it with use_cache, or correct the names in genai_config.json",
             )
+        taken.add(present.name)
         pairs.append(_pair(header, value, present, None if genai is None else genai.head_size))
-    strays = sorted(o for o in outputs if o.startswith("present") and o not in {p.present for p in pairs})
+    strays = sorted(o for o in outputs if o.startswith("present") and o not in taken)
     if pairs and strays:
         raise ModelError(f"{header.path}: the output {strays[0]!r} continues no input", hint="export it again")
     return tuple(pairs)
@@ -194,7 +200,13 @@ def _pair(header: Header, past: Value, present: Value, head_size: int | None) ->
             hint="export it again",
         )
     sizes = tuple(n if isinstance(n, int) and i != batch_axis else 1 for i, n in enumerate(shape))
-    return Past(past.name, present.name, past.dtype, sizes, batch_axis, varying[0])
+    pair = Past(past.name, present.name, past.dtype, sizes, batch_axis, varying[0])
+    if not 0 < pair.token_bytes <= MAX_TOKEN_BYTES:
+        raise ModelError(
+            f"{header.path}: a token takes {pair.token_bytes:,} bytes in {past.name!r}, {_shown(past)}",
+            hint="correct head_size in genai_config.json, or export it again",
+        )
+    return pair
 
 
 def _shown(value: Value) -> str:

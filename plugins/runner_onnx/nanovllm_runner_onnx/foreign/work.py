@@ -39,6 +39,11 @@ class Work(NamedTuple):
         )
 
 
+def fits(works: Sequence[Work], max_len: int) -> bool:
+    """Does the longest past have room for the most new tokens? They are padded to that, in every row."""
+    return max(w.start for w in works) + max(len(w.ids) for w in works) <= max_len
+
+
 class Square(NamedTuple):
     """Rows of tokens, padded to the longest: B rows, S columns."""
 
