@@ -1,19 +1,19 @@
-# Every target makes its own .venv when it is missing or a dependency changed. `make help` lists them.
+# Every target makes the environment that it needs when it is missing or a dependency changed. `make help` lists them.
 
 # The interpreter that makes .venv (3.10 or newer), and options for pytest.
 PYTHON ?= python3
 ARGS ?=
-# The extra of nanovllm whose runner `make demo` and `make onefile` take: numpy or onnx.
+# The runner of `make demo` and `make onefile`: numpy, or onnx, which gets an environment of its own.
 RUNNER ?= numpy
 
-VENV := .venv
+VENV := $(if $(filter onnx,$(RUNNER)),.venv-onnx,.venv)
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check
 NANOVLLM := $(VENV)/bin/nanovllm
 
 # What the demo needs, and all.
-LIGHT_PLUGINS := plugins/models plugins/runner_numpy plugins/tokenizers
-PLUGINS := $(LIGHT_PLUGINS) plugins/runner_onnx plugins/runner_torch
+LIGHT_PLUGINS := plugins/models plugins/runner_$(RUNNER) plugins/tokenizers
+PLUGINS := plugins/models plugins/runner_numpy plugins/runner_onnx plugins/runner_torch plugins/tokenizers
 PROJECTS := pyproject.toml $(PLUGINS:%=%/pyproject.toml)
 # Two stamps in .venv: the packages with what they need to run, and these with all that tests and checks need.
 LIGHT := $(VENV)/light.stamp
@@ -28,10 +28,10 @@ help:  ## list the targets
 
 all: check test  ## check and test
 
-demo: $(LIGHT)  ## ask the embedded model for eight capitals, and two questions more
-	@$(NANOVLLM) demo capitals
+demo: $(LIGHT)  ## ask the embedded model for eight capitals, and two questions more; with RUNNER=onnx on ONNX Runtime
+	@$(NANOVLLM) demo capitals --runner $(RUNNER)
 	@echo
-	@$(NANOVLLM) ask "What is the capital of Portugal?" "Which country has Rome as its capital?"
+	@$(NANOVLLM) ask --runner $(RUNNER) "What is the capital of Portugal?" "Which country has Rome as its capital?"
 
 simple-demo: $(LIGHT)  ## the engine without a model: the built-in mock runner and tokenizer
 	@$(NANOVLLM) ask --runner mock --max-tokens 12 "hello world" "what can you do"
@@ -70,8 +70,8 @@ onefile: build  ## dist/nanovllm-RUNNER.pyz: all of nanovllm[RUNNER] in one file
 	$(VENV)/bin/shiv --quiet --console-script nanovllm --output-file dist/nanovllm-$(RUNNER).pyz \
 		--find-links dist 'nanovllm[$(RUNNER)]'
 
-clean:  ## remove .venv and everything that was built or cached
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## remove the environments and everything that was built or cached
+	rm -rf .venv .venv-onnx dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(RUN):
@@ -80,7 +80,7 @@ $(RUN):
 
 # One pip command each: only so does an extra of the root resolve to a plugin's directory and not to the index.
 $(LIGHT): $(PROJECTS) | $(RUN)
-	$(PIP) install -e '.[numpy]' $(LIGHT_PLUGINS:%=-e %)
+	$(PIP) install -e '.[$(RUNNER)]' $(LIGHT_PLUGINS:%=-e %)
 	@touch $@
 
 $(DEV): $(PROJECTS) requirements-dev.txt constraints.txt | $(RUN)

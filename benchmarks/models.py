@@ -123,9 +123,9 @@ def make(shape: str, directory: Path, *, dtype: str = "fp32", seed: int = 0, out
     config |= {"bos_token_id": eos, "eos_token_id": eos, "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype]}
     _write_json(directory / "config.json", config)
     _write_json(directory / "tokenizer.json", tokenizer(config["vocab_size"]))
-    _write_json(
-        directory / "tokenizer_config.json", {"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    )
+    # transformers, and what converts with its help, would add tokens of their own for those that are not named.
+    special = dict.fromkeys(("eos_token", "pad_token", "unk_token"), "<|end|>")
+    _write_json(directory / "tokenizer_config.json", special | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
     rng = np.random.default_rng(seed)
     channels = np.random.default_rng([seed, 1]).choice(width, outliers, replace=False)  # leaves `rng` as it is

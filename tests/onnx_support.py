@@ -25,6 +25,12 @@ def make_runner(path: Path, *, block_size: int = 4, num_blocks: int | None = 64,
     return plugin.create_runner(Context(**(ctx | overrides)))
 
 
+def precision(name: str) -> OnnxOptions:
+    """Of fp32, int8, int4 (blocks of 32) or int4-128."""
+    weights, _, block = name.partition("-")
+    return OnnxOptions(weights=weights, int4_block=int(block) if block else None)
+
+
 def fill(runner: OnnxRunner, value: float) -> None:
     """All blocks that the engine hands out; not the spare one, which is the runner's own."""
     runner._pool.array[:, :, : runner.info.kv.num_blocks] = value

@@ -1,4 +1,4 @@
-"""The model maker and the peers script: files that transformers reads, outliers that change nothing, equal tokens."""
+"""The model maker: files that transformers reads, outliers that change nothing."""
 
 from __future__ import annotations
 
@@ -95,66 +95,3 @@ def test_the_script_lists_and_writes(tmp_path: Path) -> None:
     assert run("gpt2-tiny", str(tmp_path / "m")).returncode == 0
     assert (tmp_path / "m" / "model.safetensors").is_file()
     assert "--outliers must be between 0 and the model's width, 64" in run("gpt2-tiny", "x", "--outliers", "65").stderr
-
-
-# --------------------------------------------------------------------------------------------- peers
-
-
-def peers(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCHMARKS / "peers" / "run.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_peers_that_are_not_there_are_named(tmp_path: Path) -> None:
-    directory = models.make("gpt2-tiny", tmp_path / "m")
-    absent = [
-        n for n, module in (("vllm", "vllm"), ("openvino", "openvino_genai")) if not importlib.util.find_spec(module)
-    ]
-    if not absent:
-        pytest.skip("every peer is installed here")
-    workload = tmp_path / "w.json"
-    workload.write_text('{"requests": [{"prompt": [1, 2, 3], "out": 4}]}', encoding="utf-8")
-    result = peers("--model", directory, "--workload", workload, "--peers", ",".join(absent), "--runs", "1")
-    assert result.returncode == 0, result.stderr
-    for name in absent:
-        assert f"{name} " in result.stdout
-    assert result.stdout.count("is not installed") == len(absent)
-    assert "nanovllm" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--peers", "nobody"], "no peer is called 'nobody'"),
-        (["--runs", "0"], "--runs must be at least 1"),
-        ([], "holds no config.json"),
-        (["--path", "nobody=x"], "no peer is called 'nobody'"),
-    ],
-)
-def test_bad_usage_of_the_peers_script(arguments: list[str], message: str, tmp_path: Path) -> None:
-    result = peers("--model", tmp_path, *arguments)
-    assert result.returncode == 2
-    assert message in result.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", ["gpt2-tiny", "qwen2-tiny"])
-def test_transformers_gives_our_tokens(shape: str, tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
-    directory, out = models.make(shape, tmp_path / "m"), tmp_path / "out.json"
-    workload = tmp_path / "w.json"
-    jobs = [{"prompt": [(i * k) % 256 for i in range(1, 6 * k)], "out": 20 - k} for k in range(1, 11)]
-    workload.write_text(json.dumps({"requests": jobs, "p512": jobs[-1]["prompt"], "p32": [1, 2, 3]}), encoding="utf-8")
-    result = peers(
-        "--model", directory, "--workload", workload, "--peers", "transformers,transformers-cb", "--runs", "1",
-        "--json", out,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    document = json.loads(out.read_text(encoding="utf-8"))
-    assert document["failures"] == {}
-    assert [(a["first"], a["second"], a["num_equal"]) for a in document["agreements"]] == [
-        ("nanovllm", "transformers", 10),
-        ("nanovllm", "transformers-cb", 10),
-    ]
-    assert {r["metric"] for r in document["ratios"]} == {"prefill", "decode", "throughput"}

@@ -191,7 +191,7 @@ def test_what_is_missing_has_its_consequence_and_its_remedy(model: Path) -> None
     found = document(model)
     assert found["missing"] == ["tokenizer_config.json", "generation_config.json", "model_info.json"]
     assert found["is_usable"] is True
-    assert "there is no generation_config.json: end tokens are taken from config.json" in told(model, "note")
+    assert "there is no generation_config.json: end tokens are what other files say" in told(model, "note")
     assert found["generation"] == {"eos_token_id": {"value": [2], "origin": "config.json"}}
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (model / name).unlink()
@@ -254,19 +254,12 @@ def test_a_padded_vocabulary_is_fine(model: Path) -> None:
     assert told(model, "note") == ["the model's vocabulary is padded: 61 for 2 entries of the tokenizer"]
 
 
-def test_a_directory_with_an_onnx_graph_needs_no_config(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(b"graph")
-    (tmp_path / "tokenizer.json").write_text(json.dumps(TOKENIZER))
-    assert document(tmp_path)["is_usable"] is True
-    assert document(tmp_path)["architecture"] is None
-
-
 @pytest.mark.parametrize("name", ["absent", "file"])
 def test_something_that_is_no_directory(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("x")
     result = run(tmp_path / name)
     assert (result.exit_code, result.stdout) == (4, "")
-    assert result.stderr.endswith("; give a model's directory\n")
+    assert result.stderr.endswith("; give a model's directory, or a graph's .onnx file\n")
 
 
 # ------------------------------------------------------------------------------------------ memory

@@ -376,7 +376,7 @@ def test_a_profile_that_changes_the_type_replaces_the_section(tmp_path: Path) ->
         ("profile: [dev]\nprofiles: {dev: {}}", "there is no profile ['dev']"),
         ("profiles: [dev]", "'profiles' must hold a name and `key: value` lines below it, not ['dev']"),
         ("profiles: {dev: 1}", "the profile 'dev' must hold `key: value` lines, not 1"),
-        ("profiles: {1: {}}", "the profile 1 must hold"),
+        ("profiles: {1: {}}", "a profile's name must be a text, not 1"),
         ("profile: a\nprofiles: {a: {rnner: numpy}}", "unknown key 'rnner' ({file}, profile a)"),
         ("profile: a\nprofiles: {a: {profile: a}}", "unknown key 'profile' ({file}, profile a)"),
     ],
@@ -390,6 +390,8 @@ def test_check_looks_at_every_profile(tmp_path: Path) -> None:
     path = write(tmp_path, "runner: mock\nprofiles: {a: {runner: {seed: 1}}, b: {runner: {sed: 1}}}")
     done = CliRunner().invoke(cli, ["config", "check", str(path)])
     assert f"unknown key 'runner.sed' ({path}, profile b)" in done.output
+    path = write(tmp_path, "runner: mock\nenforce_eager: true\nprofiles: {a: {}, b: {}}")
+    assert CliRunner().invoke(cli, ["config", "check", str(path)]).output.count("note: enforce_eager") == 1
 
 
 # ------------------------------------------------------------------------------- schema and docs

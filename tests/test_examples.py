@@ -22,6 +22,7 @@ SAYS = {
         "What is the capital of Japan? -> The capital of Japan is Tokyo.",
         "enough of this",
     ],
+    "export_onnx": ["model.onnx, model.onnx.data, model_info.json, tokenizer.json", "loaded in", "Lisbon"],
     "from_components": ["'hello world' -> ", "2 prompt tokens came from the prefix cache"],
     "nano_vllm_example": ["Prompt: 'introduce yourself'\nCompletion: "],
 }

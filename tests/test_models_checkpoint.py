@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from model_cases import MODELS
 from models_support import GPT2, LLAMA, QWEN3, file_tensors, write_checkpoint
 from nanovllm.errors import ModelError, PluginError, UnsupportedModelError
 from nanovllm_models import load_checkpoint
+from nanovllm_models.files import read_json
 from nanovllm_models.model_info import ModelInfo
 
 TIED = LLAMA | {"tie_word_embeddings": True}
@@ -30,6 +32,17 @@ def shard(path, tensors: dict, *, index: dict | None = None) -> None:
         save_file({n: tensors[n] for n in part}, path / file)
     weight_map = {n: file for file, part in halves.items() for n in part} | (index or {})
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+
+
+def test_reading_a_file_reserves_no_more_than_it_has(tmp_path):
+    (tmp_path / "config.json").write_text('{"a": "' + "x" * 1000 + '"}')
+    tracemalloc.start()
+    try:
+        assert len(read_json(tmp_path / "config.json")["a"]) == 1000
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 def test_facts(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import numpy_support
 from models_support import write_checkpoint
-from nanovllm_runner_onnx import pieces
+from nanovllm_runner_onnx import devices, pieces
 from numpy_support import Driver
 from onnx_support import fill, make_runner
 from test_numpy_batching import MODELS, prompt
@@ -105,6 +105,24 @@ def test_no_rows_wanted_computes_the_cache_all_the_same(runner):
     driver = Driver(runner)
     assert driver.step((0, tokens, 0, 19, 0)).shape == (0, runner.info.vocab_size)
     np.testing.assert_allclose(driver.step((0, tokens, 19, 20, 1))[0], Driver(runner).logits(tokens)[-1], **ROUNDING)
+
+
+def test_no_input_of_a_step_is_ever_empty(runner, monkeypatch):
+    """Operators of ONNX Runtime before 1.31 kill the process where there is nothing to compute."""
+    step, shapes = devices.step_inputs, []
+
+    def spy(*arguments):
+        inputs = step(*arguments)
+        shapes.extend(array.shape for array in inputs.values())
+        return inputs
+
+    monkeypatch.setattr(devices, "step_inputs", spy)
+    driver, tokens = Driver(runner), prompt(20)
+    driver.step((0, tokens, 0, 19, 0))  # a prefill of which nothing is wanted
+    driver.step((0, tokens, 19, 20, 1))  # a decode alone
+    driver.step((0, tokens, 19, 20, 1), (1, tokens, 0, 20, 20))  # both
+    assert len(shapes) >= 3 * 11
+    assert all(0 not in shape for shape in shapes)
 
 
 @pytest.mark.parametrize("scratch", [1, 6_000, 20_000])

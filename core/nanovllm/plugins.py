@@ -22,6 +22,8 @@ KINDS = {
     "models": "model family",
     "observers": "observer",
     "commands": "command",
+    "inspectors": "inspector",
+    "exporters": "export format",
     "checkpoints": "checkpoint",
 }
 
@@ -38,10 +40,13 @@ _OFFICIAL = {
     ("tokenizers", "tiktoken"): "nanovllm-tokenizers[tiktoken]",
     ("tokenizers", "http"): "nanovllm[http]",
     ("checkpoints", "demo"): "nanovllm-models",
+    ("inspectors", "onnx"): "nanovllm[onnx]",
     ("commands", "demo"): "nanovllm-models",
+    ("commands", "export"): "nanovllm-models",
     ("commands", "inspect"): "nanovllm-models",
     ("commands", "pull"): "nanovllm-models",
     ("commands", "serve"): "nanovllm[server]",
+    ("exporters", "onnx"): "nanovllm[onnx]",
 }
 
 
@@ -109,9 +114,23 @@ def resolve_model(name: str) -> tuple[str, Path | None]:
         return name, package_directory(find("checkpoints", name))
     try:
         path = Path(name).expanduser()
+        if path.is_file():  # itself not followed: in a hub's cache it is a link to a file without name or neighbours
+            return name, path.parent.resolve() / path.name
         return name, path.resolve() if path.exists() else None
     except (OSError, ValueError, RuntimeError) as e:  # no permission; a NUL byte; no such user's home
         raise ModelError(f"model path {name!r} cannot be read: {e}") from None
+
+
+def model_directory(path: Path) -> Path:
+    """Where the files that describe a model are: the directory, or of a graph's file the one it lies in.
+
+    Hubs keep graphs in `onnx/` below the tokenizer's and configuration files.
+    """
+    if path.is_dir():
+        return path
+    above = path.parent.parent
+    is_below = path.parent.name == "onnx" and not (path.parent / "tokenizer.json").exists()
+    return above if is_below and (above / "tokenizer.json").exists() else path.parent
 
 
 def package_directory(found: Found) -> Path:

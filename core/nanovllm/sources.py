@@ -93,7 +93,9 @@ def from_yaml(path: Path) -> tuple[Values, dict[str, Values]]:
     if not isinstance(profiles, Mapping):
         raise ConfigError(f"'profiles' must hold a name and `key: value` lines below it, not {profiles!r} ({origin})")
     for name, profile in profiles.items():
-        if not isinstance(name, str) or not isinstance(profile, Mapping):
+        if not isinstance(name, str):
+            raise ConfigError(f"a profile's name must be a text, not {name!r} ({origin})", hint="put it in quotes")
+        if not isinstance(profile, Mapping):
             raise ConfigError(f"the profile {name!r} must hold `key: value` lines, not {profile!r} ({origin})")
     directory = path.absolute().parent
     return _of_file(tree, origin, directory), {

@@ -1,4 +1,4 @@
-"""How much memory this process holds, from the standard library alone.
+"""How much memory a process holds, this one unless said otherwise, from the standard library alone.
 
 Linux tells both what is resident now and the peak. Elsewhere on Unix only the peak is told; on Windows neither.
 """
@@ -14,11 +14,11 @@ def resident() -> int | None:
     return _status("VmRSS")
 
 
-def peak() -> int | None:
+def peak(pid: int | None = None) -> int | None:
     """The most bytes that were resident at once since the process began; None where the system does not tell."""
-    if (bytes_used := _status("VmHWM")) is not None:
+    if (bytes_used := _status("VmHWM", pid)) is not None:
         return bytes_used
-    if sys.platform == "win32":
+    if sys.platform == "win32" or pid is not None:
         return None
     import resource
 
@@ -26,10 +26,11 @@ def peak() -> int | None:
     return most if sys.platform == "darwin" else 1024 * most  # bytes on macOS, KiB elsewhere
 
 
-def _status(field: str) -> int | None:
+def _status(field: str, pid: int | None = None) -> int | None:
     """A line of /proc/self/status, such as `VmRSS:    40960 kB`."""
     try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        status = Path("/proc", "self" if pid is None else str(pid), "status")
+        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return None
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)

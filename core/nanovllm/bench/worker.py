@@ -33,7 +33,10 @@ class Subject(Protocol):
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """vocab_size | None, max_len, and whatever else is worth reporting."""
+        """vocab_size | None, max_len, and whatever else is worth reporting.
+
+        With `pid`, that process holds the model, and its memory is what is told.
+        """
         ...
 
     def generate(self, jobs: Sequence[Job]) -> list[list[int]]:
@@ -65,7 +68,7 @@ def serve(open_subject: Callable[[Mapping[str, Any]], Subject]) -> None:
             started = time.perf_counter()
             tokens = subjects[0].generate(jobs)
             seconds = time.perf_counter() - started
-            return {"seconds": seconds, "tokens": tokens, "peak_memory": memory.peak()}
+            return {"seconds": seconds, "tokens": tokens, "peak_memory": memory.peak(subjects[0].facts.get("pid"))}
 
         if answer(ready):
             for line in sys.stdin:

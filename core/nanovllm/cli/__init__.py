@@ -29,6 +29,7 @@ _COMMANDS = {
 # Help for commands of this project's own plugins; anybody else's shows its distribution's summary.
 _PLUGIN_HELP = {
     "demo": "Small demonstrations with the embedded model.",
+    "export": "Write a model in another format.",
     "inspect": "Describe a model.",
     "pull": "Download a model.",
 }
@@ -54,29 +55,18 @@ class _Commands(click.Group):
         return sorted({*_COMMANDS, *(found.name for found in discover("commands"))})
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        from ..plugins import discover, find, pip_hint
-
         if name in _COMMANDS:
             module, _, attribute = _COMMANDS[name][0].partition(":")
-            command = getattr(importlib.import_module(module), attribute)
-        elif any(found.name == name.partition("@")[0] for found in discover("commands")) or pip_hint("commands", name):
-            from ..loader import load_object
-
-            command = load_object(find("commands", name))
-        else:
-            return None
-        if not isinstance(command, click.Command):
-            from ..errors import PluginError
-
-            raise PluginError(f"command '{name}' is a {type(command).__name__}, not a click command")
-        return command
+            command: click.Command = getattr(importlib.import_module(module), attribute)
+            return command
+        return plugin_command("commands", name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from ..plugins import discover
 
         lines = {name: text for name, (_, text) in _COMMANDS.items()}
         for found in discover("commands"):
-            lines.setdefault(found.name, _PLUGIN_HELP.get(found.name) or _summary(found.distribution))
+            lines.setdefault(found.name, _PLUGIN_HELP.get(found.name) or summary(found.distribution))
         with formatter.section("Commands"):
             formatter.write_dl(sorted(lines.items()))
 
@@ -93,6 +83,25 @@ class _Commands(click.Group):
             ctx.exit(status)
 
 
+def plugin_command(group: str, name: str) -> click.Command | None:
+    """The command of that name in a group of plugins, imported; None if nobody has ever heard of it.
+
+    Raises PluginError if it is not installed (with the pip line), broken, or no command.
+    """
+    from ..plugins import KINDS, discover, find, pip_hint
+
+    if not any(found.name == name.partition("@")[0] for found in discover(group)) and not pip_hint(group, name):
+        return None
+    from ..loader import load_object
+
+    command = load_object(find(group, name))
+    if not isinstance(command, click.Command):
+        from ..errors import PluginError
+
+        raise PluginError(f"{KINDS[group]} '{name}' is a {type(command).__name__}, not a click command")
+    return command
+
+
 def _explain(e: BaseException) -> tuple[str, int]:
     if isinstance(e, KeyboardInterrupt):
         return "interrupted", 130
@@ -103,7 +112,8 @@ def _explain(e: BaseException) -> tuple[str, int]:
     raise e
 
 
-def _summary(distribution: str) -> str:
+def summary(distribution: str) -> str:
+    """What an installed distribution says of itself in one line."""
     import importlib.metadata
 
     try:

@@ -53,11 +53,13 @@ def check(file: Path) -> None:
     from ..plugins import resolve_model
 
     whole = load(file, environ={})
+    notes: dict[str, None] = {}  # each once
     for loaded in (whole, *(load(file, environ={}, overrides={"profile": name}) for name in whole.profiles)):
         _, path = resolve_model(loaded.config.model)
         components.choose(loaded, path)
-        for note in loaded.notes:
-            click.echo(f"note: {note}")
+        notes |= dict.fromkeys(loaded.notes)
+    for note in notes:
+        click.echo(f"note: {note}")
     click.echo(f"{file}: ok")
 
 

@@ -73,7 +73,7 @@ def _describe(found: Any) -> list[str]:
     name = f"{found.name}@{found.distribution}"
     if found.group == "checkpoints":
         return [f"directory: {package_directory(found)}"]
-    if found.group in ("commands", "models"):
+    if found.group in ("commands", "exporters", "inspectors", "models"):
         return [f"object: {load_object(found)!r}"]
     plugin = Plugins().load(found.group, name)
     lines = [f"plugin API: {plugin.plugin.api_version}", f"hooks: {', '.join(plugin.hooks)}"]

@@ -66,6 +66,11 @@ class Checkpoint:
         return sum(t.nbytes for t in self.weights.values())
 
 
+def is_checkpoint(directory: Path) -> bool:
+    """Does the directory look like one? A graph beside it is then not what runs, unless it is named."""
+    return find_file(directory, "config.json") is not None and any(directory.glob("*.safetensors"))
+
+
 def load_checkpoint(path: Path | str) -> Checkpoint:
     """Read a model directory.
 

@@ -1,4 +1,4 @@
-"""The commands of this package: `nanovllm demo`, `inspect` and `pull`: their options and what they print."""
+"""The commands of this package: `nanovllm demo`, `export`, `inspect` and `pull`: their options and what they print."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nanovllm.cli import plugin_command, summary
 from nanovllm.cli.ask import answer
 from nanovllm.cli.options import EngineCommand, engine_options
 from nanovllm.cli.terminal import echo, marks
+from nanovllm.plugins import discover
 
 if TYPE_CHECKING:
     from nanovllm.config import Loaded
@@ -38,6 +40,26 @@ def capitals(loaded: Loaded) -> None:
         echo(f"Q: {question} A: {' '.join(output.text.split())}")
     if failure is not None:
         raise failure
+
+
+class _Exporters(click.Group):
+    """Its commands are the plugins of the group `exporters`; one is imported when it is invoked, never to list them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({found.name for found in discover("exporters")})
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return plugin_command("exporters", name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formats = {found.name: summary(found.distribution) for found in discover("exporters")}
+        with formatter.section("Formats"):
+            formatter.write_dl(sorted(formats.items()) or [("none", "try: pip install 'nanovllm[onnx]'")])
+
+
+@click.group(cls=_Exporters, subcommand_metavar="FORMAT [OPTIONS]")
+def export() -> None:
+    """Write a model in another format."""
 
 
 @click.command()
@@ -70,8 +92,9 @@ def pull(repo: str, directory: Path, revision: str, onnx: bool) -> None:
 def inspect(ctx: click.Context, model: str, context: int | None, batch: int, as_json: bool) -> None:
     """Describe a model.
 
-    MODEL is a directory, or `demo`: what it is, what it takes in memory, which files are there and what is wrong with
-    them. No weights are read. The exit status is 4 if the model cannot be used.
+    MODEL is a directory, `demo`, or an .onnx file: what it is, what it takes in memory, which files are there and what
+    is wrong with them. No weights are read, but an ONNX graph is loaded, to try what it can do. The exit status is 4 if
+    the model cannot be used.
     """
     from nanovllm.plugins import resolve_model
 
@@ -88,12 +111,16 @@ def inspect(ctx: click.Context, model: str, context: int | None, batch: int, as_
 
 
 def _print_report(report: Report) -> None:
+    def say(line: str) -> None:
+        """What steers a terminal is shown as an escape: names and texts come from files of strangers."""
+        echo("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+
     def rows(title: str, table: dict[str, str]) -> None:
         if table:
-            echo(title)
+            say(title)
             width = max(map(len, table))
             for key, value in table.items():
-                echo(f"  {key:<{width}}  {value}".rstrip())
+                say(f"  {key:<{width}}  {value}".rstrip())
 
     if (a := report.architecture) is not None:
         about = {
@@ -110,6 +137,9 @@ def _print_report(report: Report) -> None:
         if (stored := report.stored) is not None:
             about["Stored as"] = f"{stored.dtype}, {stored.num_tensors} tensors, {_size(stored.num_bytes)}"
         rows(f"Model {report.directory}", about)
+    if report.graph is not None:
+        for title, table in report.graph.tables.items():
+            rows(title, dict(table))
     if (m := report.memory) is not None:
         kv = m.kv_per_token["fp32"] * m.context * m.batch
         sums = f"{_size(m.weights['fp32'])} of weights + {_size(kv)} of KV cache = {_size(m.total)} in fp32"
@@ -133,9 +163,9 @@ def _print_report(report: Report) -> None:
     rows("Text", tokens | defaults)
     rows("Files", {file.name: f"{_size(file.size):>9}  {file.use or 'unexpected'}" for file in report.files})
     rows("Missing", dict.fromkeys(report.missing, ""))
-    echo("Findings" if report.findings else "Nothing is wrong with it.")
+    say("Findings" if report.findings else "Nothing is wrong with it.")
     for finding in report.findings:
-        echo(f"  {finding.kind}: {finding.what}" + (f"; {finding.remedy}" if finding.remedy else ""))
+        say(f"  {finding.kind}: {finding.what}" + (f"; {finding.remedy}" if finding.remedy else ""))
 
 
 def _size(num_bytes: int) -> str:

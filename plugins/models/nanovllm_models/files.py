@@ -8,12 +8,20 @@ strict and returned as plain data. This file knows nothing of what the files say
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from nanovllm.errors import ModelError
 
 MAX_JSON_BYTES = 100_000_000  # the safetensors format's own limit for its header
+# What goes with the weights of a model, whatever their format.
+COMPANIONS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "*.tiktoken",
+    "chat_template.jinja", "chat_template.json",
+    "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "NOTICE.txt",
+)  # fmt: skip
 
 
 def find_file(directory: Path, name: str) -> Path | None:
@@ -46,7 +54,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file. Raises ModelError naming the file and what is wrong with it."""
     try:
         with path.open("rb") as file:
-            raw = file.read(MAX_JSON_BYTES + 1)
+            size = os.fstat(file.fileno()).st_size
+            raw = file.read(min(size, MAX_JSON_BYTES) + 1)  # which reserves as much
     except OSError as e:
         raise ModelError(f"{path} cannot be read: {e.strerror or e}", hint="check its permissions") from e
     return parse_json(raw, str(path))

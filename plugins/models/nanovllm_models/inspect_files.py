@@ -16,6 +16,7 @@ KNOWN = {
     SINGLE: "weights",
     "model-*-of-*.safetensors": "weights",
     INDEX: "index of the weights",
+    "genai_config.json": "facts of an ONNX graph",
     "*.onnx": "ONNX graph",
     "*.onnx_data*": "data of an ONNX graph",
     "*.onnx.data": "data of an ONNX graph",
@@ -48,8 +49,11 @@ NEEDED = (
         "text cannot become tokens; copy it from the original, or set tokenizer.path",
     ),
     (("tokenizer_config.json",), "note", "special tokens and the chat template are what the tokenizer's file says"),
-    (("generation_config.json",), "note", "end tokens are taken from config.json"),
-    ((model_info.FILE_NAME,), "note", "its facts are taken from config.json"),
+)
+# The same, where there is no genai_config.json to say what they say.
+NEEDED_WITHOUT_GENAI = (
+    (("generation_config.json",), "note", "end tokens are what other files say"),
+    ((model_info.FILE_NAME,), "note", "its facts are taken from other files"),
 )
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -82,7 +86,8 @@ def files_of(directory: Path) -> list[FoundFile]:
 def look_for_missing(files: Sequence[FoundFile]) -> tuple[list[str], list[Finding]]:
     """The names that should be there, and what follows from their absence."""
     missing, findings = [], []
-    for patterns, kind, consequence in NEEDED:
+    has_genai = any(file.name == "genai_config.json" for file in files)
+    for patterns, kind, consequence in NEEDED if has_genai else (*NEEDED, *NEEDED_WITHOUT_GENAI):
         if not any(fnmatchcase(file.name, pattern) for file in files for pattern in patterns):
             missing.append(patterns[0])
             remark, _, remedy = consequence.partition("; ")

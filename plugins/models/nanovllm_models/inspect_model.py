@@ -1,6 +1,7 @@
 """`inspect_model`: what a model directory holds, what it will take to run, and what is wrong with it.
 
-Reads headers and configuration files, no weights. Whatever is wrong becomes a finding with its remedy, and what can
+Reads headers and configuration files, no weights; an ONNX graph is described by its runner (`inspect_graph.py`),
+which also tries it. Whatever is wrong becomes a finding with its remedy, and what can
 still be said is said. Knows no command line and no runner: memory is weights and KV cache, without a runner's buffers.
 """
 
@@ -9,13 +10,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
 from nanovllm.errors import ConfigError, ModelError, NanoVLLMError
+from nanovllm.plugins import model_directory
 
 from . import generation, model_info
 from .checkpoint import load_checkpoint
@@ -23,6 +25,7 @@ from .config import Config
 from .files import find_file, read_json
 from .generation import Default, sampling_defaults, special_ids
 from .inspect_files import Finding, FoundFile, files_of, look_for_missing, look_for_unexpected
+from .inspect_graph import Inspection, inspect_graph, is_graph
 from .registry import find_family
 from .spec import DecoderSpec, Experts, FeedForward
 from .weights_file import open_weights
@@ -80,6 +83,7 @@ class Report:
     architecture: Architecture | None = None
     memory: Memory | None = None
     stored: Stored | None = None
+    graph: Inspection | None = None  # of an ONNX model
     tokenizer_vocab_size: int | None = None
     chat_template: str | None = None  # the file that has it
     generation: dict[str, Default] = field(default_factory=dict)  # by key
@@ -91,35 +95,52 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         generation = {key: default._asdict() for key, default in self.generation.items()}
-        return asdict(self) | {"generation": generation, "is_usable": self.is_usable}
+        graph = None if self.graph is None else self.graph.data
+        whole = asdict(replace(self, graph=None))
+        return whole | {"generation": generation, "graph": graph, "is_usable": self.is_usable}
 
 
-def inspect_model(directory: Path, context: int | None = None, batch: int = 1) -> Report:
-    """The report of a model directory; memory is for `batch` sequences of `context` tokens (None: the longest).
+def inspect_model(path: Path, context: int | None = None, batch: int = 1) -> Report:
+    """The report of a model directory or an ONNX graph's file.
 
-    Raises ModelError if there is no such directory, ConfigError for a context longer than the model's.
+    Memory is for `batch` sequences of `context` tokens (None: the longest). Raises ModelError if there is no such
+    directory, ConfigError for a context longer than the model's.
     """
-    if not directory.is_dir():
+    if not path.is_dir() and not (path.is_file() and path.suffix == ".onnx"):
         raise ModelError(
-            f"{directory} is {'a file' if directory.exists() else 'not there'}", hint="give a model's directory"
+            f"{path} is {'a file' if path.exists() else 'not there'}",
+            hint="give a model's directory, or a graph's .onnx file",
         )
+    directory = model_directory(path)
     files = files_of(directory)
     missing, findings = look_for_missing(files)
     report = Report(str(directory), files, missing, findings=findings)
+    vocab_size = None
+    if is_graph(path, files):
+        if (graph := _try(report, partial(inspect_graph, path))) is not None:
+            report.graph, vocab_size = graph, graph.vocab_size
+            findings += graph.findings
+    elif (spec := _describe_checkpoint(report, directory, context, batch)) is not None:
+        vocab_size = spec.vocab_size
+    _compare_tokenizer(report, directory, vocab_size)
+    _try(report, partial(_check_special_tokens, directory))
+    _try(report, partial(_read_defaults, report, directory))
+    report.findings += look_for_unexpected(files)
+    return report
+
+
+def _describe_checkpoint(report: Report, directory: Path, context: int | None, batch: int) -> DecoderSpec | None:
     spec = _try(report, partial(_spec, directory))
     if spec is not None:
         report.architecture = describe(spec)
         report.memory = _memory(spec, context, batch)
-    weights = [file.name for file in files if file.name.endswith(".safetensors")]
+    weights = [file.name for file in report.files if file.name.endswith(".safetensors")]
     if spec is None:  # what can be said of them without knowing what belongs into them
         for name in weights:
             _try(report, partial(open_weights, directory / name))
     elif weights and (checkpoint := _try(report, partial(load_checkpoint, directory))) is not None:
         report.stored = Stored(checkpoint.dtype, len(checkpoint.weights), checkpoint.weight_bytes)
-    _compare_tokenizer(report, directory, spec)
-    _try(report, partial(_read_defaults, report, directory))
-    report.findings += look_for_unexpected(files)
-    return report
+    return spec
 
 
 def describe(spec: DecoderSpec) -> Architecture:
@@ -194,8 +215,7 @@ def _memory(spec: DecoderSpec, context: int | None, batch: int) -> Memory:
             f"--context {context} is more than the model's {spec.max_positions} positions", hint="lower it"
         )
     weights = {name: int(spec.num_parameters * width) for name, width in WIDTHS.items()}
-    per_token = 2 * spec.num_layers * spec.attention.num_kv_heads * spec.attention.head_size  # numbers of K and V
-    kv = {name: per_token * width for name, width in KV_WIDTHS.items()}
+    kv = {name: spec.kv_size * width for name, width in KV_WIDTHS.items()}
     return Memory(weights, kv, context, batch, weights["fp32"] + kv["fp32"] * context * batch)
 
 
@@ -210,23 +230,33 @@ def _spec(directory: Path) -> DecoderSpec | None:
     return find_family(model_type).spec(config)
 
 
-def _compare_tokenizer(report: Report, directory: Path, spec: DecoderSpec | None) -> None:
+def _compare_tokenizer(report: Report, directory: Path, vocab_size: int | None) -> None:
     """The tokenizer must not have more entries than the model; fewer is padding."""
     size = report.tokenizer_vocab_size = _try(report, partial(_vocab_size, directory))
-    if size is None or spec is None or size == spec.vocab_size:
+    if size is None or vocab_size is None or size == vocab_size:
         return
-    if size > spec.vocab_size:
+    if size > vocab_size:
         report.findings.append(
             Finding(
                 "error",
-                f"the tokenizer has {size} entries but the model only {spec.vocab_size}: they do not belong together",
+                f"the tokenizer has {size} entries but the model only {vocab_size}: they do not belong together",
                 "copy the tokenizer files that came with the model",
             )
         )
     else:
         report.findings.append(
-            Finding("note", f"the model's vocabulary is padded: {spec.vocab_size} for {size} entries of the tokenizer")
+            Finding("note", f"the model's vocabulary is padded: {vocab_size} for {size} entries of the tokenizer")
         )
+
+
+def _check_special_tokens(directory: Path) -> None:
+    """special_tokens_map.json: {"eos_token": "</s>", "bos_token": {"content": "<s>"}, ...: ["<a>", "<b>"]}."""
+    if (path := find_file(directory, "special_tokens_map.json")) is None:
+        return
+    for key, value in read_json(path).items():
+        for token in value if isinstance(value, list) else [value]:
+            if not isinstance(token.get("content") if isinstance(token, dict) else token, str):
+                raise ModelError(f"{path}: {key} is {token!r:.60}, not a token's text", hint="restore the file")
 
 
 def _vocab_size(directory: Path) -> int | None:
@@ -258,6 +288,8 @@ def _read_defaults(report: Report, directory: Path) -> None:
         for name in ("tokenizer_config.json", generation.FILE_NAME, "config.json", model_info.FILE_NAME)
         if (path := find_file(directory, name))
     }
+    if report.graph is not None:
+        found = {source[0].name: source for source in report.graph.sources} | found
     template = next((t for t in ("chat_template.jinja", "chat_template.json") if find_file(directory, t)), None)
     tokenizer_config = found.pop("tokenizer_config.json", None)
     if template is None and tokenizer_config is not None and tokenizer_config[1].get("chat_template"):

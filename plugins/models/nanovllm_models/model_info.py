@@ -52,7 +52,7 @@ class ModelInfo:
     def _from_config(cls, config: Mapping[str, Any], path: Path) -> ModelInfo:
         """The directory gives the name, the first of several eos ids counts."""
         values: dict[str, Any] = {
-            "model_name": _name(path.parent),
+            "model_name": directory_name(path.parent),
             **{key: config.get(key) for key in (*_TOKENS, *_SIZES)},
         }
         for key in _TOKENS:
@@ -84,7 +84,7 @@ class ModelInfo:
         return path
 
 
-def _name(directory: Path) -> str:
+def directory_name(directory: Path) -> str:
     """`org/name` for a snapshot in a hub cache (models--org--name/snapshots/REV), else the directory's name."""
     directory = directory.resolve()
     if directory.parent.name == "snapshots":

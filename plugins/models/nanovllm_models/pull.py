@@ -21,15 +21,11 @@ from typing import Any
 from nanovllm.errors import ConfigError, ModelError, PluginError
 
 from . import model_info
+from .files import COMPANIONS
 from .model_info import ModelInfo
 
 WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors"
-TEXTS = (
-    "config.json", "generation_config.json", "model_info.json", "model.safetensors.index.json",
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "*.tiktoken", "chat_template.jinja", "chat_template.json",
-    "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "NOTICE.txt",
-)  # fmt: skip
+TEXTS = (*COMPANIONS, "model_info.json", "model.safetensors.index.json")
 ONNX = ("*.onnx", "*.onnx_data", "*.onnx_data_*", "*.onnx.data")  # in any folder
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 

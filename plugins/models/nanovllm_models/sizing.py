@@ -1,6 +1,6 @@
 """How long a sequence may be, and how many KV blocks there are: the same rules for every local runner.
 
-Knows a spec and the configuration's numbers, and no runtime.
+Knows numbers of a model and of the configuration, and no runtime.
 """
 
 from __future__ import annotations
@@ -8,34 +8,26 @@ from __future__ import annotations
 from nanovllm.errors import ConfigError
 from nanovllm.hookspecs import CacheOptions
 
-from .checkpoint import Checkpoint
-from .spec import DecoderSpec
-
 DEFAULT_KV_BYTES = 2**30  # at most, where the configuration names neither a number of blocks nor bytes
 
 
-def model_len(checkpoint: Checkpoint, max_model_len: int | None) -> int:
+def model_len(name: str, positions: int, max_model_len: int | None) -> int:
     """Tokens, prompt and answer: the user's limit, or the model's. Raises ConfigError for more than the model has."""
-    positions = checkpoint.spec.max_positions
     if max_model_len is not None and max_model_len > positions:
         raise ConfigError(
-            f"max_model_len is {max_model_len}, but {checkpoint.name} has {positions} positions",
+            f"max_model_len is {max_model_len}, but {name} has {positions} positions",
             hint=f"set max_model_len to {positions} or less",
         )
     return max_model_len or positions
 
 
-def num_kv_blocks(
-    spec: DecoderSpec, cache: CacheOptions, max_num_seqs: int, max_model_len: int, *, number_bytes: int = 4
-) -> int:
+def num_kv_blocks(slot_bytes: int, cache: CacheOptions, max_num_seqs: int, max_model_len: int) -> int:
     """The pool's size: as configured, else for max_num_seqs full sequences but at most DEFAULT_KV_BYTES.
 
-    `number_bytes`: of one number of K or V. Raises ConfigError if not even one block fits `cache.memory`.
+    `slot_bytes`: of K and V of one token in all layers. Raises ConfigError if not even one block fits `cache.memory`.
     """
     if cache.num_blocks is not None:
         return cache.num_blocks
-    attention = spec.attention
-    slot_bytes = 2 * spec.num_layers * attention.num_kv_heads * attention.head_size * number_bytes  # K and V
     block_bytes = slot_bytes * cache.block_size
     if cache.memory is not None:
         if cache.memory < block_bytes:

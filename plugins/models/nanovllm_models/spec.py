@@ -183,3 +183,8 @@ class DecoderSpec:
     def num_parameters(self) -> int:
         """By formula: the sizes of `shapes()`, a tied embedding counted once."""
         return sum(prod(shape) for shape in self.shapes().values())
+
+    @property
+    def kv_size(self) -> int:
+        """Numbers of K and V of one token, in all layers."""
+        return 2 * self.num_layers * self.attention.num_kv_heads * self.attention.head_size

@@ -30,8 +30,8 @@ class NumpyRunner(LogitsRunner):
     def __init__(self, ctx: Context) -> None:
         checkpoint = load_checkpoint(ctx.path or ctx.model)
         spec, block_size = checkpoint.spec, ctx.cache.block_size
-        max_model_len = model_len(checkpoint, ctx.max_model_len)
-        num_blocks = num_kv_blocks(spec, ctx.cache, ctx.max_num_seqs, max_model_len)
+        max_model_len = model_len(checkpoint.name, spec.max_positions, ctx.max_model_len)
+        num_blocks = num_kv_blocks(4 * spec.kv_size, ctx.cache, ctx.max_num_seqs, max_model_len)
         self._blas, self._threads = Blas(), ctx.threads
         self._num_parameters = checkpoint.num_parameters
         self._model = Model(spec, checkpoint.weights, max_model_len, self._blas)

@@ -8,10 +8,15 @@ rest of it cleared, and the padding of the block tables points to a spare block 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
 
 from nanovllm.batch import Packed
+
+if TYPE_CHECKING:
+    import onnxruntime as ort  # type: ignore[import-untyped]
 
 
 class KVPool:
@@ -27,6 +32,22 @@ class KVPool:
     @property
     def spare_block(self) -> int:
         return self.num_blocks
+
+    @property
+    def nbytes(self) -> int:
+        return self.array.nbytes
+
+    def bind(self, session: ort.InferenceSession) -> list[ort.IOBinding]:
+        """One binding, for every step: what a step writes lies where it reads."""
+        import onnxruntime as ort
+
+        binding = session.io_binding()
+        for i in range(len(self.array)):
+            for kind, array in zip("kv", self.layer(i), strict=True):
+                value = ort.OrtValue.ortvalue_from_numpy(array)
+                binding.bind_ortvalue_input(f"{kind}.{i}", value)
+                binding.bind_ortvalue_output(f"{kind}.{i}.after", value)
+        return [binding]
 
     def layer(self, i: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """K and V of a layer, views with a head's vector at one slot per row: (-1, head_size)."""

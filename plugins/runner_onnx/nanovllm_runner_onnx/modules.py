@@ -1,7 +1,6 @@
 """The modules of a decoder that look at one token at a time, as ONNX nodes: linear, norm, feed-forward.
 
-Shapes are those of `nanovllm_models.spec`: x (n, in) -> (n, out). A linear weight keeps the
-orientation of the file, so that a float32 file is used as it is mapped. Knows no attention.
+Shapes are those of `nanovllm_models.spec`: x (n, in) -> (n, out). Knows no attention and no precision.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from nanovllm.errors import UnsupportedModelError
 from nanovllm_models import Experts, FeedForward, Norm, Tensor
 
 from .graph import MICROSOFT, Graph
-
-FloatArray = NDArray[np.float32]
+from .linears import Linears, as_float32
 
 ACTIVATIONS: dict[str, Callable[[Graph, str], str]] = {
     "gelu": lambda g, x: g.op("Gelu", x, approximate="none"),
@@ -33,48 +31,44 @@ class Modules:
 
     graph: Graph
     tensors: Mapping[str, Tensor]
+    matrices: Linears  # in the precision of the weights
+    floats: Linears  # what is never quantised
+    activations: Mapping[str, Callable[[Graph, str], str]]  # by their names in a spec
 
-    def table(self, name: str) -> str:
-        """An embedding, (num, hidden)."""
-        return self.graph.weight(name, self._array(name))
+    def linears(self, x: str, *names: str) -> list[str]:
+        """Several that read the same x."""
+        biases = [f"{name}.bias" for name in names] if f"{names[0]}.bias" in self.tensors else []
+        return self.matrices.products(x, [f"{name}.weight" for name in names], biases)
 
-    def linear(self, x: str, name: str, weight: str | None = None) -> str:
-        """x @ weight.T + bias where there is one; `weight` if it is not the module's own."""
-        weight = weight or f"{name}.weight"
-        array, is_transposed = self._array(weight), False
-        if not array.flags.c_contiguous:  # GPT-2's files hold (in, out)
-            array, is_transposed = array.T, True
-        inputs = [x, self.graph.weight(weight, array)]
-        if f"{name}.bias" in self.tensors:
-            inputs.append(self.graph.weight(f"{name}.bias", self._array(f"{name}.bias")))
-        return self.graph.op("Gemm", *inputs, transB=int(not is_transposed))
+    def linear(self, x: str, name: str) -> str:
+        return self.linears(x, name)[0]
 
     def norm(self, x: str, name: str, norm: Norm) -> str:
         """Over the last axis of x."""
-        weight = self._array(f"{name}.weight")
+        weight = self._vector(f"{name}.weight")
         if norm.unit_offset:
             weight = weight + np.float32(1)
         scale = self.graph.weight(f"{name}.weight", weight)
         if norm.kind == "rms":
             return self.graph.op("SimplifiedLayerNormalization", x, scale, axis=-1, epsilon=norm.eps)
         if norm.kind == "layer":
-            bias = self.graph.weight(f"{name}.bias", self._array(f"{name}.bias"))
+            bias = self.graph.weight(f"{name}.bias", self._vector(f"{name}.bias"))
             return self.graph.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=norm.eps)
         raise UnsupportedModelError(f"the onnx runner has no norm of kind {norm.kind!r}", hint="use runner: numpy")
 
     def feed_forward(self, x: str, name: str, spec: FeedForward | Experts) -> str:
         if isinstance(spec, Experts):
             return self._experts(x, name, spec)
-        activate = ACTIVATIONS.get(spec.activation)
+        activate = self.activations.get(spec.activation)
         if activate is None:
             raise UnsupportedModelError(
                 f"the onnx runner has no activation {spec.activation!r}", hint="use runner: numpy"
             )
-        up = self.linear(x, f"{name}.up")
-        if spec.gated:
-            inner = self.graph.op("Mul", activate(self.graph, self.linear(x, f"{name}.gate")), up)
+        if spec.gated:  # apart: one product of both would have to be split, which copies the widest matrix of the layer
+            gate, up = (self.linear(x, f"{name}.{part}") for part in ("gate", "up"))
+            inner = self.graph.op("Mul", activate(self.graph, gate), up)
         else:
-            inner = activate(self.graph, up)
+            inner = activate(self.graph, self.linear(x, f"{name}.up"))
         return self.linear(inner, f"{name}.down")
 
     def _experts(self, x: str, name: str, spec: Experts) -> str:
@@ -85,7 +79,7 @@ class Modules:
         """
         g, k = self.graph, spec.top_k
         # 1. Which experts (n, k), best first and of equals the lowest index, and how much of each.
-        p = g.op("Softmax", self.linear(x, f"{name}.router"), axis=-1)
+        p = g.op("Softmax", self._small(x, f"{name}.router"), axis=-1)
         shares, chosen = g.ops("TopK", p, g.constant([k]), axis=-1, names=[f"{name}.shares", f"{name}.chosen"])
         if spec.normalised:
             shares = g.op("Div", shares, g.op("ReduceSum", shares, g.constant([1])))
@@ -114,18 +108,12 @@ class Modules:
         y = g.op("ReduceSum", y, g.constant([1]), keepdims=0)  # (n, hidden)
         if spec.shared is None:
             return y
-        gate = g.op("Sigmoid", self.linear(x, f"{name}.shared_gate"))
+        gate = g.op("Sigmoid", self._small(x, f"{name}.shared_gate"))
         return g.op("Add", y, g.op("Mul", self.feed_forward(x, f"{name}.shared", spec.shared), gate))
 
-    def _array(self, name: str) -> FloatArray:
-        """A tied embedding is widened once."""
-        return self.graph.weights[name] if name in self.graph.weights else as_float32(self.tensors[name])
+    def _small(self, x: str, name: str) -> str:
+        """A linear of few outputs that decide much: always in float."""
+        return self.floats.products(x, [f"{name}.weight"], [])[0]
 
-
-def as_float32(tensor: Tensor) -> FloatArray:
-    """The mapped file itself where that is float32 in one piece, as it is or transposed; else a copy."""
-    array = tensor.array
-    is_whole = array.flags.c_contiguous or array.T.flags.c_contiguous
-    if tensor.dtype == "F32" and is_whole and array.flags.aligned and not tensor.is_grouped:
-        return array
-    return tensor.to_float32()
+    def _vector(self, name: str) -> NDArray[np.float32]:
+        return as_float32(self.tensors[name])

@@ -6,7 +6,8 @@ as many blocks as the longest of its spans, which begin at the block of the firs
 seen. Padding is harmless by what it points to, so nothing downstream must know of it:
 - a padded token is its sequence's last one again,
 - a padded block is the spare block of the pool, which holds zeros for good,
-- a group without sequences gets one that reads the spare block, because some operators fail on none.
+- a group without sequences gets one that reads the spare block, because some operators fail on none: before
+  ONNX Runtime 1.31 the whole process does.
 Knows no model but its windows.
 """
 
@@ -27,9 +28,9 @@ def input_name(kind: str, group: str, window: int | None) -> str:
 
 
 def step_inputs(
-    packed: Packed, windows: Iterable[int | None], block_size: int, spare_block: int
+    packed: Packed, windows: Iterable[int | None], block_size: int, spare_block: int, even: bool = False
 ) -> dict[str, NDArray[np.int32]]:
-    """Name -> array, all int32.
+    """Name -> array, all int32. With `even`, the last token and the last row wanted come twice where T or R is odd.
 
     input_ids, positions, slots (T,); rows (R or 1,): 0 where none is wanted; order (T,): where each token
     lies in the two groups' outputs, one after the other. For decode of Bd sequences and prefill of Bp:
@@ -63,6 +64,10 @@ def step_inputs(
                 tables, begins = np.full((1, 1), spare_block, np.int32), packed.positions[:1]
             inputs[input_name("tables", group, window)] = tables
             inputs[input_name("begins", group, window)] = begins
+    if even:
+        for name in ("input_ids", "positions", "slots", "rows", "order"):
+            array = inputs[name]
+            inputs[name] = np.append(array, array[len(array) - len(array) % 2 :])
     return inputs
 
 

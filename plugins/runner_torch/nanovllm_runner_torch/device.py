@@ -1,15 +1,13 @@
-"""Where the model computes, in which number type and with how many threads. Every wish is met or refused.
+"""Where the model computes, in which number type. Every wish is met or refused.
 
 Knows no model. `auto` is the only word that chooses; whatever was named is never replaced by another.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
@@ -96,13 +94,3 @@ def memory_for(what: str, hint: str) -> Iterator[None]:
 def is_out_of_memory(e: Exception) -> bool:
     """NumPy has one type for it, torch another on a GPU and none on a CPU."""
     return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
-
-
-def available_threads(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Processors that this process may use: by its affinity, and by the quota of its container (Linux)."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = cpu_max.read_text(encoding="ascii").split()  # microseconds, or "max"
-    except (OSError, ValueError):
-        return count
-    return count if quota == "max" else max(1, min(count, int(quota) // int(period)))

@@ -15,9 +15,10 @@ from nanovllm.batch import Packed, Paged, RunnerInfo
 from nanovllm.errors import RunnerDead, RunnerError
 from nanovllm.hookspecs import Context
 from nanovllm.runner import LogitsRunner
+from nanovllm.threads import available_threads
 from nanovllm_models import Checkpoint, load_checkpoint, model_len, num_kv_blocks
 
-from .device import DTYPES, available_threads, check_int8, find_device, find_dtype, is_out_of_memory, memory_for
+from .device import DTYPES, check_int8, find_device, find_dtype, is_out_of_memory, memory_for
 from .kv_pool import KVPool
 from .model import Model
 from .weights import Weights
@@ -40,7 +41,7 @@ class TorchRunner(LogitsRunner):
 
         checkpoint = load_checkpoint(ctx.path or ctx.model)
         spec = checkpoint.spec
-        max_model_len = model_len(checkpoint, ctx.max_model_len)
+        max_model_len = model_len(checkpoint.name, spec.max_positions, ctx.max_model_len)
         self._dtype_name = next(name for name, known in DTYPES.items() if known == dtype)
         weights = Weights(checkpoint.weights, dtype, self._device, is_int8)
         size = f"{spec.num_parameters:,} parameters in {'int8' if is_int8 else self._dtype_name}"
@@ -52,7 +53,7 @@ class TorchRunner(LogitsRunner):
         if self._device.type == "cuda" and cache.memory is None and cache.num_blocks is None:
             num_tokens = min(ctx.max_num_batched_tokens, max_model_len)
             cache = replace(cache, memory=self._memory_after_warm_up(num_tokens, cache.block_size, dtype))
-        num_blocks = num_kv_blocks(spec, cache, ctx.max_num_seqs, max_model_len, number_bytes=dtype.itemsize)
+        num_blocks = num_kv_blocks(spec.kv_size * dtype.itemsize, cache, ctx.max_num_seqs, max_model_len)
         with memory_for(f"the KV pool of {num_blocks} blocks", "lower cache.num_blocks or cache.memory"):
             self._pool = self._make_pool(num_blocks, cache.block_size, dtype)
         self._model.open(self._pool)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from nanovllm.errors import TokenizerError
 from nanovllm.hookspecs import hookimpl
+from nanovllm.plugins import model_directory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -120,7 +121,7 @@ def _files(ctx: Context) -> Path:
             f"the model {ctx.model!r} is not a directory, so there is no tokenizer to load",
             hint="set tokenizer.path to a tokenizer's file or directory",
         )
-    return ctx.path if ctx.path.is_dir() else ctx.path.parent  # MODEL_PATH may be the model.onnx itself
+    return model_directory(ctx.path)  # MODEL_PATH may be the model.onnx itself
 
 
 plugin = HFPlugin()

@@ -1,0 +1,82 @@
+"""`ForeignDecoder`: one run of somebody else's graph, in the terms of its signature.
+
+The caller squares off the tokens and binds the past; this file binds the rest, in the types that the
+graph wants, and fetches the logits. ONNX Runtime dies of a batch of none and of no tokens: neither is
+ever sent. Knows no lanes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanovllm.errors import RunnerError
+
+from ..session import SessionSettings
+from .signature import Signature
+from .work import Square
+
+if TYPE_CHECKING:
+    import onnxruntime as ort  # type: ignore[import-untyped]
+
+DEVICES = {"cpu": "cpu", "cuda": "cuda", "directml": "dml"}  # ONNX Runtime's names of memory
+
+
+class ForeignDecoder:
+    def __init__(self, session: ort.InferenceSession, signature: Signature, settings: SessionSettings) -> None:
+        self.signature = signature
+        self.device = DEVICES[settings.device]
+        self.device_id = int(settings.provider_options.get("device_id", 0))
+        self._session = session
+
+    def bind(self, tokens: Square, seen: NDArray[np.bool_], *, use_cache: bool) -> ort.IOBinding:
+        """`seen` (B, past + S): the columns that hold tokens; `use_cache`: is there a past to look at?
+
+        The first output is the logits. The past is still to be bound, and what is wanted of the present.
+        """
+        assert tokens.ids.size, "a run has at least one row and one column"
+        s = self.signature
+        binding = self._session.io_binding()
+        arrays = [(s.ids, tokens.ids), (s.mask, seen), (s.positions, tokens.positions)]
+        for value, array in arrays:
+            if value is not None:
+                binding.bind_cpu_input(value.name, np.ascontiguousarray(array, np.dtype(value.dtype)))
+        if s.num_logits is not None:
+            binding.bind_cpu_input(s.num_logits.name, np.zeros((), np.dtype(s.num_logits.dtype)))
+        if s.use_cache is not None:
+            binding.bind_cpu_input(s.use_cache, np.array([use_cache]))
+        binding.bind_output(s.logits.name, "cpu")
+        return binding
+
+    def bind_fresh(self, tokens: Square) -> ort.IOBinding:
+        """Of sequences from their beginning, with an empty past; no present is wanted."""
+        binding = self.bind(tokens, tokens.real, use_cache=False)
+        for p in self.signature.past:
+            empty = np.empty(p.shape(len(tokens.ids), 0), np.dtype(p.dtype))
+            binding.bind_ortvalue_input(p.past, self.value(empty))
+        return binding
+
+    def run(self, binding: ort.IOBinding, tokens: Square) -> NDArray[Any]:
+        """Logits (B, S, vocab), or (B, 1, vocab) of the last column. Raises RunnerError."""
+        batch, columns = tokens.ids.shape
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as e:  # ONNX Runtime's exceptions share no base class of their own
+            reason = " ".join(str(e).split())
+            raise RunnerError(f"ONNX Runtime failed in a run of {batch} x {columns} tokens: {reason}") from e
+        logits: NDArray[Any] = binding.get_outputs()[0].numpy()
+        if logits.ndim == 2:
+            logits = logits[:, None]
+        if logits.ndim != 3 or logits.shape[0] != batch or logits.shape[1] not in (1, columns) or not logits.size:
+            raise RunnerError(
+                f"the graph answers a run of {batch} x {columns} tokens with logits of shape {list(logits.shape)}"
+            )
+        return logits
+
+    def value(self, array: NDArray[Any]) -> ort.OrtValue:
+        """The array in the device's memory; on the CPU it is the same memory."""
+        from onnxruntime import OrtValue
+
+        return OrtValue.ortvalue_from_numpy(array, self.device, self.device_id)
