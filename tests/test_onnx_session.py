@@ -18,6 +18,8 @@ from pydantic import ValidationError
 
 from models_support import LLAMA, write_checkpoint
 from nanovllm import LLM, SamplingParams
+from nanovllm.components import choose
+from nanovllm.config import leaves, load
 from nanovllm.errors import ConfigError, ModelError, PluginError
 from nanovllm.threads import available_threads
 from nanovllm_models import load_checkpoint
@@ -110,6 +112,23 @@ def test_options_arrive_from_the_configuration(path):
         shown = llm.info.description
         assert (shown["threads"], shown["device"], shown["providers"]) == (1, "cpu", ["CPUExecutionProvider"])
         assert "fallback" not in shown
+
+
+def test_names_with_dots_arrive_from_a_file_and_a_flag(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        "runner:\n  type: onnx\n  session_options: {session.set_denormal_as_zero: true, enable_mem_pattern: false}\n",
+        encoding="utf-8",
+    )
+    wished = load(file, environ={}, sets=["runner.session_options.session.intra_op.spin_duration_us=100"])
+    assert choose(wished, None).runner_options.session_options == {
+        "session.set_denormal_as_zero": True,
+        "session.intra_op.spin_duration_us": 100,
+        "enable_mem_pattern": False,
+    }
+    assert choose(load(environ={}, overrides=dict(leaves(wished.config))), None).runner_options == (
+        choose(wished, None).runner_options
+    )
 
 
 # ---------------------------------------------------------------------------------------------- devices

@@ -79,6 +79,20 @@ class OnnxOptions(BaseModel):
     def _many(cls, value: Any) -> Any:
         return _devices(value)
 
+    @field_validator("provider_options", "session_options", mode="before")
+    @classmethod
+    def _dotted(cls, value: Any) -> Any:
+        """ONNX Runtime's names have dots, at which a configuration nests its keys."""
+        return dict(_leaves(value)) if isinstance(value, dict) else value
+
+
+def _leaves(tree: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from ((f"{key}.{rest}", leaf) for rest, leaf in _leaves(value))
+        else:
+            yield key, value
+
 
 def _device(name: Any) -> Any:
     """Our name of what is written in any case, short or as ONNX Runtime's provider; others are left as they are."""
