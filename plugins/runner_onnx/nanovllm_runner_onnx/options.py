@@ -5,6 +5,7 @@ Words only: what this machine's ONNX Runtime can do about them is `session.py`'s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
