@@ -540,7 +540,8 @@ main()
         (
             ["ask", "--runner", "onnx", "hello"],
             3,
-            "error: no runner named 'onnx' is installed (have: mock, numpy); try: pip install 'nanovllm[onnx]'\n",
+            "error: no runner named 'onnx' is installed (have: mock, numpy, torch); "
+            "try: pip install 'nanovllm[onnx]'\n",
         ),
         (
             ["export", "onnx", "--model", "demo", "--output", "out"],

@@ -122,16 +122,6 @@ def test_the_runner_that_others_are_replaced_by_changes_one_line_only():
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize(
-    ("quota", "most"), [("max 100000", 10**6), ("150000 100000", 1), ("20000 100000", 1), ("", 10**6)]
-)
-def test_threads_are_those_that_the_container_may_use(quota, most, tmp_path):
-    (tmp_path / "cpu.max").write_text(quota)
-    free = device.available_threads(tmp_path / "absent")
-    assert free >= 1
-    assert device.available_threads(tmp_path / "cpu.max") == min(free, most)
-
-
 def test_each_runner_keeps_its_threads(path):
     one, two = make_runner(path, threads=1), make_runner(path, threads=2)
     for found, threads in ((one, 1), (two, 2), (one, 1)):
