@@ -51,7 +51,7 @@ def test_a_graph_is_described_and_tried():
     graph = found["graph"]
     assert found["is_usable"] is True
     assert (graph["path"], graph["opsets"], graph["context_length"]) == (
-        str(OPTIMUM / "model.onnx"),
+        str(OPTIMUM.resolve() / "model.onnx"),
         {"ai.onnx": 17},
         512,
     )
