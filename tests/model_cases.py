@@ -249,3 +249,9 @@ MODELS = {
         LLAMA | {"sliding_window": 5, "use_bias": False, "tie_word_embeddings": False},
     ),
 }
+
+# One of each kind of block: what a runner is compared with transformers on, all variants being compared with numpy's.
+ONE_OF_EACH_KIND = [
+    "falcon-rw-alibi", "gemma2", "gemma3_text", "gpt2", "granite", "llama", "mistral-window", "mixtral", "olmo2",
+    "phi", "phi3", "qwen2", "qwen2_moe-window", "qwen3",
+]  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from model_cases import LLAMA, MODELS
+from model_cases import LLAMA, MODELS, ONE_OF_EACH_KIND
 from numpy_support import Driver
 from onnx_support import make_runner
 from test_numpy_parity import EXACT, ROPES, build, prompt, reference, torch, transformers
@@ -16,11 +16,7 @@ from test_numpy_parity import EXACT, ROPES, build, prompt, reference, torch, tra
 pytest.importorskip("onnxruntime", reason="the runtime: pip install 'nanovllm[onnx]'")
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["falcon-rw-alibi", "gemma2", "gemma3_text", "gpt2", "granite", "llama", "mistral-window", "mixtral", "olmo2",
-     "phi", "phi3", "qwen2", "qwen2_moe-window", "qwen3"],
-)  # fmt: skip
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 def test_family(name, tmp_path):
     _, family, config = MODELS[name]
     model = build(family, tmp_path, **config)

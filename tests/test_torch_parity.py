@@ -8,16 +8,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from model_cases import LLAMA, MODELS
+from model_cases import LLAMA, MODELS, ONE_OF_EACH_KIND
 from test_numpy_parity import EXACT, ROPES, build, prompt, reference, torch, transformers
 from torch_support import Driver, make_runner
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["falcon-rw-alibi", "gemma2", "gemma3_text", "gpt2", "granite", "llama", "mistral-window", "mixtral", "olmo2",
-     "phi", "phi3", "qwen2", "qwen2_moe-window", "qwen3"],
-)  # fmt: skip
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 def test_family(name, tmp_path):
     _, family, config = MODELS[name]
     model = build(family, tmp_path, **config)

@@ -11,9 +11,9 @@ import numpy_support
 from model_cases import MODELS
 from models_support import LLAMA, write_checkpoint
 from nanovllm import LLM, SamplingParams
+from reference_cases import CHECKPOINTS, cases
 from support import needs_data
 from test_numpy_parity import build, prompt, reference
-from test_numpy_references import CHECKPOINTS, cases
 from torch_support import Driver, device, fill, linear, make_runner, torch
 
 needs_bf16 = pytest.mark.skipif(

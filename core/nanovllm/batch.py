@@ -125,6 +125,15 @@ class Packed(NamedTuple):
     tables: IntArray  # (S, max_blocks) block ids, -1 padded; (S, 0) unless Paged
     rows: IntArray  # (R,) indices into [0, T), ascending: the tokens whose logits are wanted
 
+    def entered_blocks(self, block_size: int) -> tuple[IntArray, IntArray]:
+        """The blocks that a sequence enters in this step and does not fill, (n,), and the slots it uses of each, (n,).
+
+        What lies behind these slots is a former owner's; an earlier step in the block has seen to it already.
+        """
+        starts, used = self.positions[self.q_start[:-1]], self.kv_lens % block_size  # used 0: all of its last block
+        entered = np.flatnonzero((used > 0) & (starts <= self.kv_lens - used))
+        return self.tables[entered, self.kv_lens[entered] // block_size], used[entered]
+
 
 class Batch:
     """One step's work: the sequences, and the same thing packed (built at first use)."""

@@ -11,6 +11,7 @@ This file knows no model; a name means nothing to it.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -71,6 +72,13 @@ class Tensor:
             return Tensor(self.name, self.dtype, self.array[start:stop], self.pages)
         runs = self.array.reshape(groups, -1, *self.shape[1:])
         return Tensor(self.name, self.dtype, runs[:, start // groups : stop // groups], self.pages, is_grouped=True)
+
+    def bands(self, num_rows: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """The rows in float32, `num_rows` at a time: (first row, rows). Grouped rows lie in runs and come at once."""
+        step = self.shape[0] if self.is_grouped else num_rows
+        for first in range(0, self.shape[0], step):
+            part = self if self.is_grouped else self.rows(first, min(first + step, self.shape[0]))
+            yield first, part.to_float32()
 
     def flat(self, num_axes: int) -> Tensor:
         """Its last axes, the leading ones merged into the first of them."""

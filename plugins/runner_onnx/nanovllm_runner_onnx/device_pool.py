@@ -14,7 +14,7 @@ from .options import Device
 if TYPE_CHECKING:
     import onnxruntime as ort  # type: ignore[import-untyped]
 
-ORT_NAMES: dict[Device, str] = {"cuda": "cuda", "directml": "dml"}
+ORT_NAMES: dict[Device, str] = {"cpu": "cpu", "cuda": "cuda", "directml": "dml"}  # of a device's memory
 
 
 class DevicePool:

@@ -59,9 +59,5 @@ class KVPool:
 
         An earlier step in the block has done so before, and only the sequence itself has written since.
         """
-        starts = packed.positions[packed.q_start[:-1]]
-        rest = packed.kv_lens % self.block_size  # slots used of the last block; 0 = all
-        entered = (rest > 0) & (starts <= packed.kv_lens - rest)
-        for s in np.flatnonzero(entered):
-            block = packed.tables[s, packed.kv_lens[s] // self.block_size]
-            self.array[:, :, block, :, rest[s] :] = 0
+        for block, used in zip(*packed.entered_blocks(self.block_size), strict=True):
+            self.array[:, :, block, :, used:] = 0

@@ -87,10 +87,8 @@ def _bands(tensors: list[Tensor]) -> Iterator[tuple[int, NDArray[np.float32], st
     at = 0
     for tensor in tensors:
         num_rows, width = tensor.shape
-        step = num_rows if tensor.is_grouped else max(1, BAND // width)
-        for start in range(0, num_rows, step):
-            part = tensor if tensor.is_grouped else tensor.rows(start, min(start + step, num_rows))
-            yield at + start, part.to_float32(), tensor.name
+        for first, band in tensor.bands(max(1, BAND // width)):
+            yield at + first, band, tensor.name
         at += num_rows
 
 

@@ -54,11 +54,8 @@ class KVPool:
 
     def clear_ahead(self, packed: Packed) -> None:
         """Zero the last block of each sequence that enters it in this step; nothing of its own is in there yet."""
-        starts = packed.positions[packed.q_start[:-1]]
-        rest = packed.kv_lens % self.block_size  # slots used of the last block; 0 = all of them, so none to clear
-        entered = np.flatnonzero((rest > 0) & (starts <= packed.kv_lens - rest))
-        if len(entered):
-            blocks = packed.tables[entered, packed.kv_lens[entered] // self.block_size]
+        blocks, _ = packed.entered_blocks(self.block_size)
+        if len(blocks):
             self.array.index_fill_(1, torch.as_tensor(blocks, dtype=torch.int64, device=self.array.device), 0)
 
     def rows_of_slots(self, slots: IntArray) -> torch.Tensor:

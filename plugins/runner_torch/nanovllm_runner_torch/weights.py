@@ -76,9 +76,5 @@ class Weights:
 
     def _bands(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows float32 on the CPU) of a matrix."""
-        source = self.files[name]
-        if source.is_grouped:  # its rows lie in runs, which cannot be cut
-            yield 0, torch.from_numpy(source.to_float32())
-            return
-        for first in range(0, source.shape[0], BAND):
-            yield first, torch.from_numpy(source.rows(first, min(first + BAND, source.shape[0])).to_float32())
+        for first, band in self.files[name].bands(BAND):
+            yield first, torch.from_numpy(band)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from nanovllm.errors import RunnerError
 
+from ..device_pool import ORT_NAMES
 from ..session import SessionSettings
 from .signature import Signature
 from .work import Square
@@ -21,13 +22,11 @@ from .work import Square
 if TYPE_CHECKING:
     import onnxruntime as ort  # type: ignore[import-untyped]
 
-DEVICES = {"cpu": "cpu", "cuda": "cuda", "directml": "dml"}  # ONNX Runtime's names of memory
-
 
 class ForeignDecoder:
     def __init__(self, session: ort.InferenceSession, signature: Signature, settings: SessionSettings) -> None:
         self.signature = signature
-        self.device = DEVICES[settings.device]
+        self.device = ORT_NAMES[settings.device]
         self.device_id = int(settings.provider_options.get("device_id", 0))
         self._session = session
 
