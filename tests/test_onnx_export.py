@@ -545,7 +545,7 @@ main()
         (
             ["export", "onnx", "--model", "demo", "--output", "out"],
             3,
-            "error: no export format named 'onnx' is installed (have: none); try: pip install 'nanovllm[onnx]'\n",
+            "(have: pt2, safetensors, torchscript); try: pip install 'nanovllm[onnx]'\n",
         ),
     ],
 )

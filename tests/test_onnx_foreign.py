@@ -16,9 +16,9 @@ from models_support import file_tensors, write_checkpoint
 from nanovllm.batch import ALL_PARAMETERS, Batch, Lanes, ScheduledSeq
 from nanovllm.errors import ConfigError, RunnerError
 from nanovllm.hookspecs import CacheOptions
-from nanovllm_runner_onnx.foreign import runner as foreign_runner
+from nanovllm_models.lanes import Work
+from nanovllm_models.lanes import runner as lanes_runner
 from nanovllm_runner_onnx.foreign.runner import ForeignRunner
-from nanovllm_runner_onnx.foreign.work import Work
 from nanovllm_runner_onnx.options import OnnxOptions
 from numpy_support import GREEDY
 
@@ -176,7 +176,7 @@ def test_a_failing_run_fails_the_step_and_the_runner_lives_on(runner, alone, mon
     a, b, c = prompt(8, 1), prompt(9, 2), prompt(10, 3)
     step(runner, (0, a, 0, 7, 0), (1, b, 0, 8, 0), (2, c, 0, 9, 0))
     with monkeypatch.context() as patch:
-        patch.setattr(type(runner._keeper._decoder), "run", failing)
+        patch.setattr(type(runner._keeper._decoder), "compute", failing)
         with pytest.raises(RunnerError, match="on purpose"):
             step(runner, (0, a, 7, 8, 1), (1, b, 8, 9, 1))
     for lane in (0, 1):
@@ -299,7 +299,7 @@ def test_padding_of_a_chunk_is_not_written_into_the_next_row(graphs):
 
 def test_logits_of_all_positions_stay_bounded(graphs, monkeypatch, alone, tmp_path):
     """A graph that gives logits of every token is run in pieces, if it can do that."""
-    monkeypatch.setattr(foreign_runner, "MAX_LOGITS_BYTES", 20 * VOCAB * 4)
+    monkeypatch.setattr(lanes_runner, "MAX_LOGITS_BYTES", 20 * VOCAB * 4)
     for name in ("optimum", "gqa", "merged", "no-past"):
         runner = make_runner(graphs[1][name])
         shapes = spy(runner, monkeypatch)

@@ -14,10 +14,9 @@ from engine_support import ask, drive, greedy, make_engine
 from foreign_graphs import CONFIG, FAULTS, RANGE, STYLES, write, write_all
 from models_support import file_tensors, write_checkpoint
 from nanovllm.errors import ConfigError, ModelError
-from nanovllm_runner_onnx.foreign.probe import probe_model
-from nanovllm_runner_onnx.foreign.recomputed import Recomputed
-from nanovllm_runner_onnx.foreign.runner import ForeignRunner
-from nanovllm_runner_onnx.foreign.work import Work
+from nanovllm_models.lanes import Work
+from nanovllm_models.lanes.recomputed import Recomputed
+from nanovllm_runner_onnx.foreign.runner import ForeignRunner, probe_model
 from nanovllm_runner_onnx.model_files import find_onnx_model
 from nanovllm_runner_onnx.options import OnnxOptions
 from nanovllm_runner_onnx.session import settings_of

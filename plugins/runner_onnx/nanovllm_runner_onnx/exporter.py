@@ -6,20 +6,14 @@ Equal checkpoints give equal files. Weights are converted and written one at a t
 
 from __future__ import annotations
 
-import secrets
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from nanovllm.errors import ConfigError, ModelError
 from nanovllm.hookspecs import CacheOptions
-from nanovllm.plugins import resolve_model
-from nanovllm_models import load_checkpoint
-from nanovllm_models.files import COMPANIONS, find_file
+from nanovllm_models.export_files import copy_companions, directory_for, find_place, is_free, open_source
 
 from .exported import PROPERTY, Facts
 from .install import require_onnx
@@ -66,21 +60,14 @@ def export(
     from .decoder import build_decoder
     from .graph import DataFile
 
-    _, directory = resolve_model(str(model))
-    checkpoint = load_checkpoint(directory or model)
-    positions = checkpoint.spec.max_positions
-    max_len = positions if max_length is None else max_length
-    if not 1 <= max_len <= positions:
-        raise ConfigError(
-            f"max_length is {max_len}, but {checkpoint.name} has {positions} positions", hint=f"give 1 to {positions}"
-        )
-    target = Path(output).expanduser().resolve()
-    _check_place(target, checkpoint.path, force)
+    checkpoint, max_len = open_source(str(model), max_length)
+    target = find_place(output)
+    _check_free(target, checkpoint.path, force)
     precision = precision_of(options, options.device)
     facts = Facts.of(checkpoint.spec, max_len, block_size, precision, options.device)
 
     # 2. All files, in a directory beside that one.
-    with _directory(target) as part:
+    with directory_for(target) as part:
         with (part / DATA).open("wb") as file:
             data = DataFile(file, DATA, tell)
             graph = build_decoder(
@@ -88,21 +75,14 @@ def export(
             )
         graph.metadata[PROPERTY] = facts.model_dump_json()
         (part / GRAPH).write_bytes(graph.model())
-        for path in sorted(checkpoint.path.iterdir()):
-            is_companion = any(fnmatchcase(path.name, pattern) for pattern in COMPANIONS)
-            if is_companion and (source := find_file(checkpoint.path, path.name)):
-                shutil.copyfile(source, part / path.name)
+        copy_companions(checkpoint.path, part)
         checkpoint.info.write(part)
     return target
 
 
-def _check_place(target: Path, source: Path, force: bool) -> None:
+def _check_free(target: Path, source: Path, force: bool) -> None:
     """Raises ConfigError if something is there that must not be replaced."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ConfigError(f"{target} is not a directory", hint="choose another --output")
-    if not any(target.iterdir()):
+    if is_free(target):
         return
     if not force:
         raise ConfigError(f"{target} is not empty", hint="choose another --output, or replace it with --force")
@@ -115,23 +95,3 @@ def _is_export(directory: Path) -> bool:
         return PROPERTY in read_header(directory / GRAPH, directory).metadata
     except ModelError:  # none, or one that is damaged: not ours to remove
         return False
-
-
-@contextmanager
-def _directory(target: Path) -> Iterator[Path]:
-    """A new directory that takes the place of `target` in the end; if anything fails, nothing is left of it."""
-    part, old = (target.with_name(f".{target.name}.{secrets.token_hex(4)}.{kind}") for kind in ("part", "old"))
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part.mkdir()
-        yield part
-        if target.exists():
-            target.rename(old)
-        part.rename(target)
-    except OSError as e:
-        raise ConfigError(f"{target} cannot be written: {e}", hint="make room, or choose another --output") from e
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

@@ -84,7 +84,7 @@ def _try_out(model: OnnxModel) -> dict[str, Any]:
     """What the runner declares of the graph, on the CPU."""
     if is_exported(model):
         return {"kind": "exported by nanovllm", **read_facts(model).model_dump()}
-    from .foreign.probe import probe_model
+    from .foreign.runner import probe_model
 
     return probe_model(model, settings_of(OnnxOptions(), None))
 

@@ -8,17 +8,16 @@ or unpickled. This file knows no kind of graph and no device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nanovllm.errors import ModelError
 from nanovllm.plugins import model_directory
-from nanovllm_models import Config, Default, model_info
+from nanovllm_models import model_info
 from nanovllm_models.checkpoint import EXPECTED as CHECKPOINT
 from nanovllm_models.checkpoint import is_checkpoint
-from nanovllm_models.files import find_file, read_json
-from nanovllm_models.generation import Source, sampling_defaults, special_ids
+from nanovllm_models.facts import ModelFacts, read_facts
+from nanovllm_models.files import find_file
 
 from . import genai_config
 from .genai_config import GenaiConfig
@@ -28,21 +27,16 @@ EXPECTED = (
     "expected tokenizer.json, with genai_config.json and the .onnx file that it names, or with model.onnx, or with "
     f"{CHECKPOINT}"
 )
-CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")  # in config.json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OnnxModel:
+class OnnxModel(ModelFacts):
+    """A graph and what the files beside it say."""
+
     path: Path  # of the graph
     directory: Path  # of the model: where tokenizer and configuration files are
     header: Header
     genai: GenaiConfig | None
-    vocab_size: int | None
-    eos_ids: tuple[int, ...]
-    bos_id: int | None
-    context_length: int | None  # tokens
-    name: str
-    sampling_defaults: Mapping[str, Default]  # what the files recommend; not applied
 
 
 def find_onnx_model(path: Path) -> OnnxModel | None:
@@ -108,53 +102,12 @@ def _choose(directory: Path) -> Path | None:
 
 
 def _with_facts(graph: Path, directory: Path, header: Header, genai: GenaiConfig | None) -> OnnxModel:
-    files: list[Source] = []
-    for name in ("generation_config.json", "config.json", model_info.FILE_NAME):
-        if found := find_file(directory, name):
-            files.append((found, read_json(found)))
-    sources, context, logits = files, [], "logits"
-    if genai is not None:
-        facts = {**genai.search, **genai.tokens, "vocab_size": genai.vocab_size}
-        sources, context, logits = [(genai.path, facts), *files], [genai.context_length], genai.outputs["logits"]
-    for path, values in files:
-        if path.name == "config.json":
-            config = Config(values, str(path))
-            context += [config.integer(key) for key in CONTEXT if config.get(key) is not None]
-    vocab_size = _vocab_size(header, logits, sources)
-    eos_ids = special_ids(sources, "eos_token_id")
-    if vocab_size is not None and max(eos_ids, default=0) >= vocab_size:
-        origin = next(path for path, values in sources if values.get("eos_token_id") is not None)
-        raise ModelError(
-            f"{origin}: eos_token_id {max(eos_ids)} is outside of the vocabulary of {vocab_size}", hint="correct it"
-        )
-    info = model_info.ModelInfo.read(directory) if find_file(directory, model_info.FILE_NAME) else None
-    return OnnxModel(
-        path=graph,
-        directory=directory,
-        header=header,
-        genai=genai,
-        vocab_size=vocab_size,
-        eos_ids=eos_ids,
-        bos_id=next(iter(special_ids(sources, "bos_token_id")), None),
-        context_length=next((n for n in context if n is not None), None),
-        name=info.model_name if info is not None else model_info.directory_name(directory),
-        sampling_defaults=sampling_defaults(sources),
-    )
-
-
-def _vocab_size(header: Header, logits: str, sources: Sequence[Source]) -> int | None:
-    """The last size of the logits, or what a file says where that is open. Raises ModelError if they differ."""
+    logits = "logits" if genai is None else genai.outputs["logits"]
     shape = next((value.shape for value in header.outputs if value.name == logits and value.shape), (None,))
-    size = shape[-1] if isinstance(shape[-1], int) else None
-    for path, values in sources:
-        said = values.get("vocab_size")
-        if said is None:
-            continue
-        if type(said) is not int or said < 1 or (size is not None and said != size):
-            wanted = "a whole number from 1" if size is None else f"{size}, as the graph or another file says"
-            raise ModelError(
-                f"{path}: vocab_size is {said!r:.30}; it must be {wanted}",
-                hint=f"restore the file of {header.path.name}",
-            )
-        size = said
-    return size
+    vocab_size = shape[-1] if isinstance(shape[-1], int) else None
+    if genai is None:
+        facts = read_facts(directory, graph, vocab_size)
+    else:
+        own = {**genai.search, **genai.tokens, "vocab_size": genai.vocab_size}
+        facts = read_facts(directory, graph, vocab_size, first=[(genai.path, own)], context_length=genai.context_length)
+    return OnnxModel(path=graph, directory=directory, header=header, genai=genai, **asdict(facts))

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from nanovllm_models.lanes import Side, Work, fits, hand_out, square
+
 from .decoder import ForeignDecoder
-from .work import Side, Work, fits, hand_out, square
 
 MAX_HOLES = 4  # throw-away rows of a run; beyond, another run is cheaper
 
@@ -24,7 +25,7 @@ class SharedRows:
         self._decoder, self._max_len = decoder, max_len
         self._lens = np.zeros(num_lanes, np.int32)  # tokens in each row
         self._rows = []
-        for p in decoder.signature.past:
+        for p in decoder.past:
             # zeros: the system hands out such pages when they are first written.
             array = np.zeros(p.shape(num_lanes, max_len), np.dtype(p.dtype))
             if dirty:
@@ -62,16 +63,16 @@ class SharedRows:
         width = stops.max()
         seen = np.arange(width) < stops[:, None]
         binding = decoder.bind(tokens, seen, use_cache=True)
-        for p, rows in zip(decoder.signature.past, self._rows, strict=True):
+        for p, rows in zip(decoder.past, self._rows, strict=True):
             shape = p.shape(len(all_works), self._max_len)
             address = rows.data_ptr() + first * self._max_len * p.token_bytes
             place = (decoder.device, decoder.device_id, np.dtype(p.dtype).type, shape, address)
             binding.bind_input(p.past, *place)
             binding.bind_output(p.present, *place)
-        logits = decoder.run(binding, tokens)
+        logits = decoder.compute(binding, tokens)
         for w in works:
             self._lens[w.lane] = w.stop
-        hand_out(logits, all_works, tokens.real)
+        hand_out(decoder, logits, all_works, tokens.real)
 
     def drop(self, lane: int) -> None:
         self._lens[lane] = 0

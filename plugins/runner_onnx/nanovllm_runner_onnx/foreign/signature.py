@@ -12,12 +12,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
-
-import numpy as np
-from numpy.typing import NDArray
 
 from nanovllm.errors import ModelError, UnsupportedModelError
+from nanovllm_models.lanes import REFUSED_INPUTS, Past
 
 from ..genai_config import GenaiConfig
 from ..onnx_file import Header, Value
@@ -27,43 +24,6 @@ TEMPLATES = (("past_key_names", "present_key_names"), ("past_value_names", "pres
              ("past_names", "present_names"))  # fmt: skip
 EXPORT = "export the text decoder with token ids, attention mask, position ids and keys and values of the past"
 MAX_TOKEN_BYTES = 2**22  # in one tensor of the past, far more than any model has
-# Part of an input's name -> what a graph with such an input is.
-REFUSED = {
-    "embeds": "computes from embeddings, not from token ids",
-    "pixel": "wants images",
-    "image": "wants images",
-    "audio": "wants sound",
-    "encoder": "is half of an encoder-decoder model",
-    "conv": "keeps states of convolutions, which cannot be padded",
-    "state": "keeps recurrent states, which cannot be padded",
-    "block_table": "is a paged graph of another engine",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Past:
-    """A tensor that a run takes and gives back longer: keys, values, or both, of one layer."""
-
-    past: str  # the input
-    present: str  # the output
-    dtype: str  # NumPy's name
-    sizes: tuple[int, ...]  # of the input, for one sequence of one token
-    batch_axis: int
-    time_axis: int
-
-    def shape(self, batch: int, time: int) -> list[int]:
-        """For that many sequences and tokens."""
-        shape = list(self.sizes)
-        shape[self.batch_axis], shape[self.time_axis] = batch, time
-        return shape
-
-    def by_row(self, array: NDArray[np.generic]) -> NDArray[np.generic]:
-        """A view (batch, time, ...)."""
-        return np.moveaxis(array, (self.batch_axis, self.time_axis), (0, 1))
-
-    @property
-    def token_bytes(self) -> int:
-        return prod(self.sizes) * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +35,6 @@ class Signature:
     use_cache: str | None  # the switch of a merged graph: (1,) bool, false = the past is not looked at
     logits: Value  # (B, S or 1, vocab) or (B, vocab)
     past: tuple[Past, ...]
-
-    @property
-    def token_bytes(self) -> int:
-        """Of one token's past in all layers."""
-        return sum(p.token_bytes for p in self.past)
 
     @property
     def style(self) -> str:
@@ -147,7 +102,7 @@ def _pairs(
     pairs: list[Past] = []
     taken: set[str] = set()  # outputs
     for value in inputs:
-        for part, what in REFUSED.items():
+        for part, what in REFUSED_INPUTS.items():
             if part in value.name:
                 raise UnsupportedModelError(f"{header.path} {what}: it has an input {value.name!r}", hint=EXPORT)
         candidates = _presents(value.name, {} if genai is None else genai.names)

@@ -20,19 +20,15 @@ import numpy as np
 from nanovllm.batch import FloatArray, IntArray
 from nanovllm.errors import ModelError, RunnerError
 
-from ..model_files import OnnxModel
-from ..session import SessionSettings, open_session
-from .decoder import ForeignDecoder
-from .past import MakeKeeper, Way, ways_of
+from .decoder import Decoder
+from .keeper import MakeKeeper, Way
+from .past import NUMBER_TYPES
 from .recomputed import Recomputed
-from .signature import read_signature
 from .work import Side, Work, square
 
 log = logging.getLogger(__name__)
 
 LENGTHS = (9, 5, 6, 8)  # of the texts; text i is computed in lane i
-# How far logits may be off, relative to their range: what rounding does, far below what a mistake does.
-ROUNDING = {"float32": 1e-3, "float16": 1e-2}
 # Graphs that quantise activations with one scale for all tokens of a run compute something else in every run.
 # Their own past is good enough if it is off by less than this part of what no past at all would do.
 COARSE = 0.1
@@ -83,14 +79,7 @@ class Proven:
         return {"past": self.past, "chunked_prefill": self.chunk, "batches": together, "padding": self.side}
 
 
-def probe_model(model: OnnxModel, settings: SessionSettings) -> dict[str, object]:
-    """What `nanovllm inspect` says of a graph: loads and probes it. Raises ModelError, ConfigError."""
-    signature = read_signature(model.header, model.genai)
-    decoder = ForeignDecoder(open_session(model.path, settings), signature, settings)
-    return {"style": signature.style, **probe(decoder, ways_of(decoder, model.header, model.context_length)).facts}
-
-
-def probe(decoder: ForeignDecoder, ways: Mapping[str, Way]) -> Proven:
+def probe(decoder: Decoder, ways: Mapping[str, Way]) -> Proven:
     """`ways` in the order in which they are preferred. Raises ModelError if not even a prompt can be computed."""
     bench = _Bench(decoder)
     for name, (make, _, alone) in ways.items():
@@ -118,11 +107,9 @@ def probe(decoder: ForeignDecoder, ways: Mapping[str, Way]) -> Proven:
 class _Bench:
     """The texts, and their logits alone."""
 
-    def __init__(self, decoder: ForeignDecoder) -> None:
-        self.vocab_size, self.all_positions = _look(decoder)
-        signature = decoder.signature
-        types = {p.dtype for p in signature.past} | {signature.logits.dtype}
-        self.rounding = max(ROUNDING[t] for t in types)
+    def __init__(self, decoder: Decoder) -> None:
+        self.vocab_size, self.all_positions = look(decoder)
+        self.rounding = max(NUMBER_TYPES[dtype].rounding for dtype in decoder.dtypes)
         rng = np.random.default_rng(0)
         self._texts: list[IntArray] = [rng.integers(0, self.vocab_size, n, np.int32) for n in LENGTHS]
         self._alone = [self._logits(Recomputed(decoder), text) for text in self._texts]
@@ -133,11 +120,14 @@ class _Bench:
     def _logits(self, keeper: Recomputed, text: IntArray) -> FloatArray:
         """(length, vocab) of one text alone, each from the beginning."""
         logits = np.empty((len(text), self.vocab_size), np.float32)
-        if self.all_positions:
-            keeper.run([Work(0, text, 0, logits)], "right")
-        else:
-            for i in range(len(text)):
-                keeper.run([Work(0, text[: i + 1], 0, logits[i : i + 1])], "right")
+        try:
+            if self.all_positions:
+                keeper.run([Work(0, text, 0, logits)], "right")
+            else:
+                for i in range(len(text)):
+                    keeper.run([Work(0, text[: i + 1], 0, logits[i : i + 1])], "right")
+        except RunnerError as e:
+            raise _no_prompt(len(text), e) from e
         if not np.isfinite(logits).all():
             raise ModelError("the graph's logits are not finite", hint="export it again, or in float32")
         return logits
@@ -172,17 +162,14 @@ class _Bench:
         return worst
 
 
-def _look(decoder: ForeignDecoder) -> tuple[int, bool]:
+def look(decoder: Decoder) -> tuple[int, bool]:
     """Vocabulary, and whether every token has logits."""
     text = np.arange(LENGTHS[0], dtype=np.int32) % 2
     tokens = square([text], [0], "right")
     try:
-        logits = decoder.run(decoder.bind_fresh(tokens), tokens)
+        logits = decoder.run_fresh(tokens)
     except RunnerError as e:
-        raise ModelError(
-            f"the graph cannot compute a prompt of {len(text)} tokens without a past: {e.message}",
-            hint="export it with dynamic lengths, and so that it takes an empty past",
-        ) from e
+        raise _no_prompt(len(text), e) from e
     return logits.shape[2], logits.shape[1] == len(text)
 
 
@@ -190,3 +177,10 @@ def _difference(logits: FloatArray, wanted: FloatArray) -> float:
     """Both (vocab,); infinite where `logits` are not finite."""
     difference = float(np.abs(logits - wanted).max() / max(float(np.ptp(wanted)), 1e-12))
     return difference if np.isfinite(difference) else np.inf
+
+
+def _no_prompt(length: int, e: RunnerError) -> ModelError:
+    return ModelError(
+        f"the graph cannot compute a prompt of {length} tokens without a past: {e.message}",
+        hint="export it with dynamic lengths, and so that it takes an empty past",
+    )

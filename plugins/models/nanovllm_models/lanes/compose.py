@@ -1,10 +1,10 @@
-"""`compose`: the works of a step as few runs, none of which was not proven. Knows no session."""
+"""`compose`: the works of a step as few runs, none of which was not proven. Knows no runtime."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from .past import PastKeeper
+from .keeper import PastKeeper
 from .probe import Proven
 from .work import Work
 

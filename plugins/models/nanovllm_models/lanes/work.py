@@ -1,9 +1,9 @@
-"""`Work`: what one sequence computes in one run; and how several are squared off. Knows no session and no past."""
+"""`Work`: what one sequence computes in one run; and how several are squared off. Knows no runtime and no past."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,11 +63,3 @@ def square(rows: Sequence[IntArray], starts: Sequence[int], side: Side) -> Squar
     ids[real] = np.concatenate(rows)
     positions[real] = (columns + np.array(starts)[:, None])[real]
     return Square(ids, positions, real)
-
-
-def hand_out(logits: NDArray[Any], works: Sequence[Work], real: NDArray[np.bool_]) -> None:
-    """logits (B, S, vocab), or of the last column only (B, 1, vocab) -> `Work.out`, the real ones only."""
-    for row, work, is_real in zip(logits, works, real, strict=True):
-        if len(work.out):
-            columns = np.flatnonzero(is_real) if len(row) == len(is_real) else np.zeros(1, np.intp)
-            work.out[...] = row[columns[-len(work.out) :]]

@@ -12,12 +12,12 @@ import numpy as np
 
 from nanovllm.batch import IntArray
 
-from .decoder import ForeignDecoder
-from .work import Side, Work, hand_out, square
+from .decoder import Decoder, hand_out
+from .work import Side, Work, square
 
 
 class Recomputed:
-    def __init__(self, decoder: ForeignDecoder) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._tokens: dict[int, IntArray] = {}  # lane -> (length,) token ids
 
@@ -38,7 +38,7 @@ class Recomputed:
         if not works:
             return
         tokens = square([self._tokens[w.lane] for w in works], [0] * len(works), side)
-        hand_out(self._decoder.run(self._decoder.bind_fresh(tokens), tokens), works, tokens.real)
+        hand_out(self._decoder, self._decoder.run_fresh(tokens), works, tokens.real)
 
     def drop(self, lane: int) -> None:
         self._tokens.pop(lane, None)

@@ -10,18 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nanovllm.errors import RunnerError
-
-from .decoder import ForeignDecoder
-from .work import Side, Work, fits, hand_out, square
-
-if TYPE_CHECKING:
-    import onnxruntime as ort  # type: ignore[import-untyped]
+from .decoder import Decoder, Moves, hand_out
+from .work import Side, Work, fits, square
 
 DIRT = 30.0  # a number that shows wherever it gets
 
@@ -30,7 +25,7 @@ DIRT = 30.0  # a number that shows wherever it gets
 class Cohort:
     lanes: tuple[int, ...]  # (B,)
     seen: NDArray[np.bool_]  # (B, length): the columns that hold tokens
-    tensors: list[ort.OrtValue]  # one for each Past of the signature
+    tensors: Sequence[Any]  # one for each Past of the decoder
 
     def find(self, lane: int, count: int) -> tuple[int, NDArray[np.intp]]:
         """The lane's row, and the columns of its first `count` tokens."""
@@ -41,7 +36,7 @@ class Cohort:
 
 
 class Grown:
-    def __init__(self, decoder: ForeignDecoder, max_len: int, *, dirty: bool = False) -> None:
+    def __init__(self, decoder: Decoder, max_len: int, *, dirty: bool = False) -> None:
         """`max_len` columns. `dirty`: padding holds large numbers, which shows whether the graph looks at it."""
         self._decoder, self._max_len, self._fill = decoder, max_len, DIRT if dirty else 0.0
         self._homes: dict[int, Cohort] = {}  # by lane
@@ -57,23 +52,13 @@ class Grown:
         return fits([*group, work], self._max_len)
 
     def run(self, works: Sequence[Work], side: Side) -> None:
-        decoder, pasts = self._decoder, self._decoder.signature.past
         tokens = square([w.ids for w in works], [w.start for w in works], side)
         before = self._before(works)
         seen = np.concatenate([before.seen, tokens.real], axis=1)
-        binding = decoder.bind(tokens, seen, use_cache=before.seen.shape[1] > 0)
-        for p, tensor in zip(pasts, before.tensors, strict=True):
-            binding.bind_ortvalue_input(p.past, tensor)
-            binding.bind_output(p.present, decoder.device, decoder.device_id)
-        logits = decoder.run(binding, tokens)
-        _, *tensors = binding.get_outputs()
-        for p, tensor in zip(pasts, tensors, strict=True):
-            found, wanted = tensor.shape(), p.shape(*seen.shape)
-            if found != wanted:
-                raise RunnerError(f"the graph gives {p.present!r} the shape {found} where {wanted} is due")
+        logits, tensors = self._decoder.run(tokens, seen, before.tensors)
         cohort = Cohort(tuple(w.lane for w in works), seen, tensors)
         self._homes.update(dict.fromkeys(cohort.lanes, cohort))
-        hand_out(logits, works, tokens.real)
+        hand_out(self._decoder, logits, works, tokens.real)
 
     def drop(self, lane: int) -> None:
         self._homes.pop(lane, None)
@@ -81,18 +66,18 @@ class Grown:
     def _before(self, works: Sequence[Work]) -> Cohort:
         """What exactly these sequences have computed, in this order, padded on the left only."""
         lanes, starts = tuple(w.lane for w in works), np.array([w.start for w in works])
-        seen = np.arange(starts.max()) >= starts.max() - starts[:, None]  # (B, longest)
+        longest = int(starts.max())
+        seen = np.arange(longest) >= longest - starts[:, None]  # (B, longest)
         homes = [self._homes[w.lane] if w.start else None for w in works]  # None: nothing yet
         first = homes[0]
         if first is not None and first.lanes == lanes and np.array_equal(first.seen, seen):
             return first
-        found = [None if home is None else home.find(w.lane, w.start) for home, w in zip(homes, works, strict=True)]
-        tensors = []
-        for i, p in enumerate(self._decoder.signature.past):
-            packed = np.full(p.shape(*seen.shape), self._fill, np.dtype(p.dtype))
-            arrays = {home: p.by_row(home.tensors[i].numpy()) for home in homes if home is not None}
-            for row, is_token, home, place in zip(p.by_row(packed), seen, homes, found, strict=True):
-                if home is not None and place is not None:
-                    row[is_token] = arrays[home][place]
-            tensors.append(self._decoder.value(packed))
-        return Cohort(lanes, seen, tensors)
+        moves = []
+        for home in dict.fromkeys(home for home in homes if home is not None):
+            rows = [row for row, of_row in enumerate(homes) if of_row is home]
+            found = [home.find(works[row].lane, works[row].start) for row in rows]
+            from_rows = np.repeat([row for row, _ in found], starts[rows])
+            from_columns = np.concatenate([columns for _, columns in found])
+            to_rows, to_columns = np.nonzero(seen[rows])
+            moves.append(Moves(home.tensors, from_rows, from_columns, np.array(rows)[to_rows], to_columns))
+        return Cohort(lanes, seen, self._decoder.pack(len(works), longest, self._fill, moves))
