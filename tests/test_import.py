@@ -15,6 +15,7 @@ from support import REPO
 CORE = sorted((REPO / "core").rglob("*.py"))
 PLUGINS = sorted(p for p in (REPO / "plugins").rglob("*.py") if "build" not in p.parts)
 HEAVY = ("numpy", "pydantic", "yaml", "pluggy", "rich", "torch", "tokenizers", "asyncio")
+TORCH = "plugins/runner_torch/nanovllm_runner_torch"
 PACKAGES = {p.name for p in (REPO / "plugins").glob("*/*") if (p / "__init__.py").exists()}
 
 
@@ -82,7 +83,7 @@ def test_nothing_is_ever_unpickled() -> None:
     assert offences(CORE + PLUGINS, picklers) == []
 
 
-def calls(tree: ast.Module) -> Iterator[tuple[str, ast.Call]]:
+def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
     """Every call by its dotted name."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
@@ -104,18 +105,45 @@ def test_no_file_format_that_can_carry_code_is_read_with_code_allowed() -> None:
     for path, tree in trees(CORE + PLUGINS):
         classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
         safe = {c.name for c in classes if "yaml.SafeLoader" in map(ast.unparse, c.bases)} | {"yaml.SafeLoader"}
+        for node in ast.walk(tree):  # under another name, the calls below would not be seen
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("torch", "yaml"):
+                found += [f"{path}:{node.lineno} imports {a.name}" for a in node.names if a.name in ("load", "jit")]
         for name, node in calls(tree):
             options = {k.arg: ast.unparse(k.value) for k in node.keywords}
             loader = options.get("Loader") or "".join(map(ast.unparse, node.args[1:2]))
             if name == "yaml.load" and loader not in safe:
                 found.append(f"{path}:{node.lineno} yaml.load without a safe loader")
-            if name in {"yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "torch.load"}:
+            if name in {"yaml.unsafe_load", "yaml.full_load", "yaml.load_all"}:
+                found.append(f"{path}:{node.lineno} {name}")
+            # torch's own formats: one file opens programs, one reads weights, each after asking what was allowed.
+            is_restricted = path == f"{TORCH}/conversion.py" and options.get("weights_only") == "True"
+            if name == "torch.load" and not is_restricted:
+                found.append(f"{path}:{node.lineno} {name}")
+            if name in {"torch.jit.load", "torch.export.load"} and path != f"{TORCH}/archive.py":
+                found.append(f"{path}:{node.lineno} {name}")
+            if name.rpartition(".")[2] in {"load_pt2", "import_ir_module", "aoti_load_package", "load_inline"}:
                 found.append(f"{path}:{node.lineno} {name}")
             if name in {"np.load", "numpy.load", "np.fromfile"} and options.get("allow_pickle", "False") != "False":
                 found.append(f"{path}:{node.lineno} {name} with pickle")
             if "trust_remote_code" in options:
                 found.append(f"{path}:{node.lineno} trust_remote_code")
     assert found == []
+
+
+def test_torch_opens_nothing_before_it_was_asked_whether_that_is_allowed() -> None:
+    """In the one function that opens programs, and in the one that converts weights before it reads any."""
+    for file, function, opening in (
+        ("archive.py", "open_archive", {"torch.jit.load", "torch.export.load"}),
+        ("conversion.py", "convert", {"_read"}),
+    ):
+        [(_, tree)] = trees([REPO / TORCH / file])
+        functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        lines = {name: node.lineno for name, node in calls(functions[function])}
+        assert lines["check_allowed"] < min(lines[name] for name in opening)
+        inside = {name for name, _ in calls(functions[function])} & opening
+        assert inside == opening
+        everywhere = [name for name, _ in calls(tree) if name in opening]
+        assert sorted(everywhere) == sorted(opening), "it is called in another place too"
 
 
 def test_no_module_keeps_mutable_state() -> None:

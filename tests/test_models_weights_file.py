@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import gc
+import io
 import json
+import os
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +82,45 @@ def test_a_tensor_outlives_its_file_name(tmp_path):
     tensor = open_weights(tmp_path / "x.safetensors")["a"]
     (tmp_path / "x.safetensors").unlink()
     np.testing.assert_array_equal(tensor.array, GOOD["a"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a mapped file cannot be cut there")
+@pytest.mark.parametrize("shape", [(700, 300), (3000,)])
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path, shape):
+    """Reading it through the map would be a signal that ends the process."""
+    values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    save_file({"x": values}, tmp_path / "x.safetensors")
+    tensor = open_weights(tmp_path / "x.safetensors")["x"]
+    bands = tensor.bands(256)
+    np.testing.assert_array_equal(next(bands)[1], values[:256])
+    os.truncate(tmp_path / "x.safetensors", 2000)
+    with pytest.raises(ModelError, match=r"x\.safetensors was cut short while it was loaded"):
+        list(bands)
+    with pytest.raises(ModelError, match=r"x\.safetensors was cut short while it was loaded"):
+        tensor.T.to_float32()
+
+
+def test_a_disk_that_fails_is_named(tmp_path):
+    save_file(GOOD, tmp_path / "x.safetensors")
+    tensor = open_weights(tmp_path / "x.safetensors")["a"]
+
+    class Broken(io.BytesIO):
+        def readinto(self, buffer):
+            raise OSError(errno.EIO, "Input/output error")
+
+    tensor.file._file = Broken()
+    with pytest.raises(ModelError, match=r"x\.safetensors cannot be read: Input/output error; check the disk"):
+        tensor.to_float32()
+
+
+def test_a_file_is_closed_when_its_last_tensor_is_gone(tmp_path):
+    save_file(GOOD, tmp_path / "x.safetensors")
+    tensor = open_weights(tmp_path / "x.safetensors")["a"].rows(0, 1)
+    file = tensor.file._file
+    assert not file.closed
+    del tensor
+    gc.collect()
+    assert file.closed
 
 
 BAD_HEADERS = {

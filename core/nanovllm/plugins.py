@@ -47,6 +47,9 @@ _OFFICIAL = {
     ("commands", "pull"): "nanovllm-models",
     ("commands", "serve"): "nanovllm[server]",
     ("exporters", "onnx"): "nanovllm[onnx]",
+    ("exporters", "pt2"): "nanovllm[torch]",
+    ("exporters", "safetensors"): "nanovllm[torch]",
+    ("exporters", "torchscript"): "nanovllm[torch]",
 }
 
 

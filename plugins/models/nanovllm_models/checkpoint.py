@@ -22,6 +22,7 @@ from .layout import canonical_weights, some
 from .model_info import ModelInfo
 from .registry import find_family
 from .spec import DecoderSpec
+from .torch_files import PICKLED, conversion_hint, find_program
 from .weights_file import Tensor, open_weights
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -139,11 +140,16 @@ def _open_all(directory: Path) -> dict[str, Tensor]:
         return open_weights(path)
     index_path = find_file(directory, INDEX)
     if index_path is None:
-        pickled = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if program := find_program(directory):
+            raise UnsupportedModelError(
+                f"{directory} has no safetensors, only {program.name}, which torch wrote",
+                hint="use runner: torch, from nanovllm[torch]: it runs programs and says how to convert weights",
+            )
+        pickled = sorted(p.name for p in directory.glob("*") if p.suffix in PICKLED)
         if pickled:
             raise UnsupportedModelError(
-                f"{directory} has only pickled weights ({', '.join(pickled[:3])}), and nothing is ever unpickled",
-                hint="convert them to safetensors, or download the checkpoint's safetensors revision",
+                f"{directory} has only pickled weights ({', '.join(pickled[:3])}), and nothing is ever unpickled here",
+                hint=conversion_hint(directory),
             )
         raise ModelError(f"no {SINGLE} in the model directory {directory}", hint=f"expected {EXPECTED}")
     weight_map = read_json(index_path).get("weight_map")

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from .inspect_model import Report
 
 COUNTRIES = ("France", "Italy", "Germany", "Japan", "Spain", "England", "Russia", "China")
+# Help for the formats of this project's own plugins; anybody else's shows its distribution's summary.
+_FORMATS = {
+    "onnx": "An ONNX graph, from a checkpoint.",
+    "pt2": "A torch.export program, from a checkpoint.",
+    "safetensors": "Safetensors, from pickled weights.",
+    "torchscript": "A TorchScript program, from a checkpoint.",
+}
 
 
 @click.group()
@@ -52,7 +59,9 @@ class _Exporters(click.Group):
         return plugin_command("exporters", name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formats = {found.name: summary(found.distribution) for found in discover("exporters")}
+        formats = {
+            found.name: _FORMATS.get(found.name) or summary(found.distribution) for found in discover("exporters")
+        }
         with formatter.section("Formats"):
             formatter.write_dl(sorted(formats.items()) or [("none", "try: pip install 'nanovllm[onnx]'")])
 
@@ -122,8 +131,9 @@ def _print_report(report: Report) -> None:
             for key, value in table.items():
                 say(f"  {key:<{width}}  {value}".rstrip())
 
+    about = {} if report.program is None else {"Program": report.program}
     if (a := report.architecture) is not None:
-        about = {
+        about |= {
             "Architecture": a.architecture,
             "Position encoding": a.positions,
             "Attention": a.attention,
@@ -134,9 +144,9 @@ def _print_report(report: Report) -> None:
             "Parameters": f"{a.num_parameters:,}"
             + (f", {a.num_active_parameters:,} per token" if a.num_active_parameters < a.num_parameters else ""),
         }
-        if (stored := report.stored) is not None:
-            about["Stored as"] = f"{stored.dtype}, {stored.num_tensors} tensors, {_size(stored.num_bytes)}"
-        rows(f"Model {report.directory}", about)
+    if (stored := report.stored) is not None:
+        about["Stored as"] = f"{stored.dtype}, {stored.num_tensors} tensors, {_size(stored.num_bytes)}"
+    rows(f"Model {report.directory}", about)
     if report.graph is not None:
         for title, table in report.graph.tables.items():
             rows(title, dict(table))

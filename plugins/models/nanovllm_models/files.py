@@ -17,8 +17,9 @@ from nanovllm.errors import ModelError
 MAX_JSON_BYTES = 100_000_000  # the safetensors format's own limit for its header
 # What goes with the weights of a model, whatever their format.
 COMPANIONS = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "*.tiktoken",
+    "config.json", "generation_config.json", "model_info.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "*.tiktoken",
     "chat_template.jinja", "chat_template.json",
     "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "NOTICE.txt",
 )  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from . import model_info
 from .checkpoint import INDEX, SINGLE
+from .torch_files import PICKLED, PROGRAMS
 
 # Names of files -> what they are good for.
 KNOWN = {
@@ -17,6 +18,8 @@ KNOWN = {
     "model-*-of-*.safetensors": "weights",
     INDEX: "index of the weights",
     "genai_config.json": "facts of an ONNX graph",
+    "model.pt2": "program of torch.export",
+    "model.pt": "what torch saved, perhaps a TorchScript program",
     "*.onnx": "ONNX graph",
     "*.onnx_data*": "data of an ONNX graph",
     "*.onnx.data": "data of an ONNX graph",
@@ -41,8 +44,12 @@ KNOWN = {
 }
 # One of each line must be there, or what is said holds.
 NEEDED = (
-    (("config.json", "*.onnx"), "error", "the architecture is not known without it; download the model again"),
-    ((SINGLE, INDEX, "*.onnx"), "error", "there is nothing to run; download the model again"),
+    (
+        ("config.json", "*.onnx", *PROGRAMS),
+        "error",
+        "the architecture is not known without it; download the model again",
+    ),
+    ((SINGLE, INDEX, "*.onnx", *PROGRAMS), "error", "there is nothing to run; download the model again"),
     (
         ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken"),
         "error",
@@ -55,7 +62,6 @@ NEEDED_WITHOUT_GENAI = (
     (("generation_config.json",), "note", "end tokens are what other files say"),
     ((model_info.FILE_NAME,), "note", "its facts are taken from other files"),
 )
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,18 @@
 """`inspect_model`: what a model directory holds, what it will take to run, and what is wrong with it.
 
-Reads headers and configuration files, no weights; an ONNX graph is described by its runner (`inspect_graph.py`),
-which also tries it. Whatever is wrong becomes a finding with its remedy, and what can
-still be said is said. Knows no command line and no runner: memory is weights and KV cache, without a runner's buffers.
+Reads headers and configuration files, no weights. An ONNX graph is described by its runner (`inspect_graph.py`), which
+also tries it; a program for torch is known by the names inside its file, and never opened. Whatever is wrong becomes a
+finding with its remedy, and what can still be said is said. Knows no command line and no runner: memory is weights and
+KV cache, without a runner's buffers.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import prod
@@ -20,14 +23,16 @@ from nanovllm.errors import ConfigError, ModelError, NanoVLLMError
 from nanovllm.plugins import model_directory
 
 from . import generation, model_info
-from .checkpoint import load_checkpoint
+from .checkpoint import is_checkpoint, load_checkpoint
 from .config import Config
+from .facts import read_facts
 from .files import find_file, read_json
 from .generation import Default, sampling_defaults, special_ids
 from .inspect_files import Finding, FoundFile, files_of, look_for_missing, look_for_unexpected
 from .inspect_graph import Inspection, inspect_graph, is_graph
 from .registry import find_family
 from .spec import DecoderSpec, Experts, FeedForward
+from .torch_files import KINDS, find_program, judge
 from .weights_file import open_weights
 
 # Bytes per weight. What quantised formats add for their scales depends on the format and is left out.
@@ -84,6 +89,7 @@ class Report:
     memory: Memory | None = None
     stored: Stored | None = None
     graph: Inspection | None = None  # of an ONNX model
+    program: str | None = None  # what kind of program for torch it is; of torch_files.KINDS
     tokenizer_vocab_size: int | None = None
     chat_template: str | None = None  # the file that has it
     generation: dict[str, Default] = field(default_factory=dict)  # by key
@@ -120,6 +126,8 @@ def inspect_model(path: Path, context: int | None = None, batch: int = 1) -> Rep
         if (graph := _try(report, partial(inspect_graph, path))) is not None:
             report.graph, vocab_size = graph, graph.vocab_size
             findings += graph.findings
+    elif not is_checkpoint(directory) and (program := _try(report, partial(find_program, directory))) is not None:
+        vocab_size = _describe_program(report, directory, program)
     elif (spec := _describe_checkpoint(report, directory, context, batch)) is not None:
         vocab_size = spec.vocab_size
     _compare_tokenizer(report, directory, vocab_size)
@@ -127,6 +135,27 @@ def inspect_model(path: Path, context: int | None = None, batch: int = 1) -> Rep
     _try(report, partial(_read_defaults, report, directory))
     report.findings += look_for_unexpected(files)
     return report
+
+
+def _describe_program(report: Report, directory: Path, program: Path) -> int | None:
+    """From the names inside it; it is never opened. Returns the vocabulary that the files beside it tell of, if any."""
+    if (judged := _try(report, partial(judge, program))) is None:
+        return None
+    kind, _ = judged
+    report.program = KINDS[kind]
+    report.findings.append(
+        Finding(
+            "note",
+            f"{program.name} is {report.program}, which may run code when it is opened: only runner: torch does that, "
+            "where you allow it",
+            f"if you trust who made it, set runner.allow_code_in: [{json.dumps(str(directory.resolve()))}]",
+        )
+    )
+    with suppress(ModelError):  # a program needs no architecture that is known here
+        if (spec := _spec(directory)) is not None:
+            report.architecture = describe(spec)
+    facts = _try(report, partial(read_facts, directory, program, None))
+    return None if facts is None else facts.vocab_size
 
 
 def _describe_checkpoint(report: Report, directory: Path, context: int | None, batch: int) -> DecoderSpec | None:

@@ -23,11 +23,11 @@ from nanovllm.errors import ConfigError, ModelError, PluginError
 from . import model_info
 from .files import COMPANIONS
 from .model_info import ModelInfo
+from .torch_files import PICKLED
 
 WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors"
-TEXTS = (*COMPANIONS, "model_info.json", "model.safetensors.index.json")
+TEXTS = (*COMPANIONS, "model.safetensors.index.json")
 ONNX = ("*.onnx", "*.onnx_data", "*.onnx_data_*", "*.onnx.data")  # in any folder
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,15 +4,20 @@ Layout: 8 bytes little-endian N; N bytes of JSON, `{name: {dtype, shape, data_of
 plus an optional `__metadata__` of texts; then the data, which the tensors must cover exactly, in
 any order, without overlap or hole. https://github.com/huggingface/safetensors#format
 
-Nothing is read until a tensor is used. bfloat16, which NumPy lacks, is a uint16 view of its bits.
-This file knows no model; a name means nothing to it.
+Nothing is read until a tensor is used. bfloat16, which NumPy lacks, is a uint16 view of its bits. Widening reads
+the file and not the map: where a file was cut short since it was opened, a read is an error that can be told, while
+touching the map kills the process. This file knows no model; a name means nothing to it.
 """
 
 from __future__ import annotations
 
+import errno
 import mmap
+import weakref
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from io import BufferedReader
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -38,7 +43,39 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
 MAX_DIMS = 8
-TILE = 256  # rows copied before their file pages are given back
+TILE = 256  # rows that are read at once
+
+
+class WeightsFile:
+    """An open file, by whatever name it goes now. For one thread at a time."""
+
+    def __init__(self, path: Path, file: BufferedReader, mapped: NDArray[np.uint8]) -> None:
+        """Owns `file`, which is closed when the last tensor is gone."""
+        self._path, self._file, self._address = path, file, _address(mapped)
+        weakref.finalize(self, file.close)
+
+    def read(self, part: NDArray[Any]) -> NDArray[Any]:
+        """What the file holds for `part`, a view into its map: an array of the same dtype, shape and strides.
+
+        Raises ModelError if the file is shorter now, or cannot be read.
+        """
+        num_bytes = part.itemsize + sum((n - 1) * stride for n, stride in zip(part.shape, part.strides, strict=True))
+        buffer = np.empty(num_bytes, np.uint8)
+        try:
+            self._file.seek(_address(part) - self._address)
+            num_read = self._file.readinto(buffer.data)
+        except OSError as e:
+            raise ModelError(f"{self._path} cannot be read: {e.strerror or e}", hint="check the disk") from e
+        if num_read < num_bytes:
+            raise ModelError(
+                f"{self._path} was cut short while it was loaded", hint="wait until whatever writes it is done"
+            )
+        return np.ndarray(part.shape, part.dtype, buffer, strides=part.strides)
+
+
+def _address(array: NDArray[Any]) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +85,7 @@ class Tensor:
     name: str  # in the file
     dtype: str  # key of DTYPES
     array: NDArray[Any]  # any strides; BF16 as uint16
-    pages: tuple[mmap.mmap, int, int] | None  # the map and the whole tensor's [from, to) in it; None if empty
+    file: WeightsFile
     is_grouped: bool = False  # the array's first two axes together are the tensor's rows
 
     @property
@@ -64,14 +101,14 @@ class Tensor:
 
     @property
     def T(self) -> Tensor:
-        return Tensor(self.name, self.dtype, self.array.T, self.pages)
+        return Tensor(self.name, self.dtype, self.array.T, self.file)
 
     def rows(self, start: int, stop: int, groups: int = 1) -> Tensor:
         """Rows [start, stop), or of each of `groups` equal runs of rows that part of it which they are of the whole."""
         if groups == 1:
-            return Tensor(self.name, self.dtype, self.array[start:stop], self.pages)
+            return Tensor(self.name, self.dtype, self.array[start:stop], self.file)
         runs = self.array.reshape(groups, -1, *self.shape[1:])
-        return Tensor(self.name, self.dtype, runs[:, start // groups : stop // groups], self.pages, is_grouped=True)
+        return Tensor(self.name, self.dtype, runs[:, start // groups : stop // groups], self.file, is_grouped=True)
 
     def bands(self, num_rows: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """The rows in float32, `num_rows` at a time: (first row, rows). Grouped rows lie in runs and come at once."""
@@ -84,13 +121,13 @@ class Tensor:
         """Its last axes, the leading ones merged into the first of them."""
         shape = self.shape
         array = self.array.reshape(-1, *shape[len(shape) - num_axes + 1 :])
-        return Tensor(self.name, self.dtype, array, self.pages)
+        return Tensor(self.name, self.dtype, array, self.file)
 
     def to_float32(self, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Widened into `out` (same shape, any strides), or into a new array.
 
-        Copies in bands and gives the file's pages back after each, so that loading a model costs
-        the memory of the copy and not of the file as well.
+        Reads bands of TILE rows, so that loading a model costs the memory of the copy and not of the file as well.
+        Raises ModelError if the file is not what it was when it was opened.
         """
         if out is None:
             out = np.empty(self.shape, np.float32)
@@ -98,11 +135,12 @@ class Tensor:
             raise ValueError(f"out has shape {out.shape}, the tensor {self.shape}")
         if self.is_grouped:
             for group, target in zip(self.array, out.reshape(self.array.shape), strict=True):
-                Tensor(self.name, self.dtype, group, self.pages).to_float32(target)
+                Tensor(self.name, self.dtype, group, self.file).to_float32(target)
+            return out
+        if not self.array.size:
             return out
         if self.array.ndim != 2:
-            _widen(self.dtype, self.array, out)
-            self._give_back()
+            _widen(self.dtype, self.file.read(self.array), out)
             return out
         # Bands of rows as they lie in the file; in tiles where `out` lies the other way round, because a
         # transposing copy that strides through whole rows misses the cache on every element (5 times slower).
@@ -110,16 +148,10 @@ class Tensor:
         rows, columns = source.shape
         width = TILE if target.strides[0] < target.strides[1] else max(columns, 1)
         for i in range(0, rows, TILE):
+            band = self.file.read(source[i : i + TILE])
             for j in range(0, columns, width):
-                _widen(self.dtype, source[i : i + TILE, j : j + width], target[i : i + TILE, j : j + width])
-            self._give_back()
+                _widen(self.dtype, band[:, j : j + width], target[i : i + TILE, j : j + width])
         return out
-
-    def _give_back(self) -> None:
-        if self.pages is not None and hasattr(mmap, "MADV_DONTNEED"):
-            pages, start, stop = self.pages
-            start -= start % mmap.PAGESIZE
-            pages.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
 def _widen(dtype: str, source: NDArray[Any], out: NDArray[np.float32]) -> None:
@@ -136,20 +168,26 @@ def open_weights(path: Path) -> dict[str, Tensor]:
     Raises ModelError naming the file and the tensor if anything in the header is not as the format says.
     """
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
+        with ExitStack() as undo:
+            opened = undo.enter_context(path.open("rb"))
+            size = opened.seek(0, 2)
             if size < 8:
                 raise _bad(path, f"the file has {size} bytes and is cut short")
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            data = np.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            undo.pop_all()
     except OSError as e:
-        raise ModelError(f"{path} cannot be read: {e.strerror or e}", hint="check its permissions") from e
-    header_size = int.from_bytes(data[:8], "little")
+        hint = "check its permissions"
+        if e.errno == errno.ENOMEM:  # as much of the address space is mapped, none of it copied
+            hint = "its size must fit in the process's address space: raise the limit (ulimit -v)"
+        raise ModelError(f"{path} cannot be read: {e.strerror or e}", hint=hint) from e
+    file = WeightsFile(path, opened, data)
+    header_size = int.from_bytes(file.read(data[:8]).tobytes(), "little")
     if header_size > MAX_JSON_BYTES:
         raise _bad(path, f"it claims a header of {header_size:,} bytes, more than the {MAX_JSON_BYTES:,} allowed")
     begin = 8 + header_size
     if begin > size:
         raise _bad(path, f"it claims a header of {header_size:,} bytes but the file has {size:,}: it is cut short")
-    header = parse_json(data[8:begin], f"the header of {path}")
+    header = parse_json(file.read(data[8:begin]).tobytes(), f"the header of {path}")
 
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -162,8 +200,7 @@ def open_weights(path: Path) -> dict[str, Tensor]:
             raise _bad(path, f"tensor {name!r} ends at byte {stop:,} of {size - begin:,}: the file is cut short")
         spans.append((start, stop, name))
         array = np.frombuffer(data, DTYPES[dtype], prod(shape), begin + start).reshape(shape)
-        pages = (data, begin + start, begin + stop) if stop > start else None
-        tensors[name] = Tensor(name, dtype, array, pages)
+        tensors[name] = Tensor(name, dtype, array, file)
     end = 0
     for start, stop, name in sorted(spans):
         if start != end:

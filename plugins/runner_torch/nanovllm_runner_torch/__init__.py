@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from nanovllm.hookspecs import Context, hookimpl
 
 if TYPE_CHECKING:
+    from nanovllm.runner import LogitsRunner
+
     from .options import TorchOptions
-    from .runner import TorchRunner
     from .sampler import TorchSampler
 
 __all__ = ["plugin", "sampler_plugin"]
@@ -24,7 +25,15 @@ class TorchRunnerPlugin:
         return TorchOptions
 
     @hookimpl
-    def create_runner(self, ctx: Context) -> TorchRunner:
+    def create_runner(self, ctx: Context) -> LogitsRunner:
+        """Of a checkpoint, or of an exported model, told apart by what the files hold."""
+        from .archive import find_archive
+
+        archive = None if ctx.path is None else find_archive(ctx.path)
+        if archive is not None:
+            from .foreign.runner import ForeignRunner
+
+            return ForeignRunner(ctx, archive)
         from .runner import TorchRunner
 
         return TorchRunner(ctx)
