@@ -27,7 +27,7 @@ from .kv_pool import KVPool
 
 # Numbers of K and V of a decode group, if it has more than one sequence. What a CPU gathers it should find in its
 # cache again; to an accelerator a group is a few kernels that wait for each other.
-GATHERED = {"cpu": 2**21, "cuda": 2**26}
+GATHERED = {"cpu": 2**22, "cuda": 2**26}
 SCORES = 2**22  # numbers of scores of a prefill chunk, if it has more than ROWS_MIN rows
 ROWS_MIN, ROWS_MAX = 16, 128  # query rows of a prefill chunk
 
@@ -50,7 +50,7 @@ class Chunk:
     last: int
     left: int  # they look at columns [left, right) of the gathered slots
     right: int
-    hidden: Tensor  # (rows, 1, some): of the last of these columns, those that a row does not see
+    hidden: Tensor  # (rows, 1, some): of the last of these columns, -inf where a row does not look, else 0
     bias: Tensor | None  # ALiBi: (kv_heads, 1, group, right - left)
 
 
@@ -148,6 +148,7 @@ class PagedAttention:
             hidden = columns > rows
             if window is not None:
                 hidden |= columns <= rows - window
+            hidden = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, -torch.inf)
             bias = None if self._alibi is None else self._alibi[:, None, :, seen:high]
             yield Chunk(first, last, seen - border, high - border, hidden, bias)
 
@@ -201,7 +202,7 @@ class PagedAttention:
             scores = self._capped(scores) if self._is_wide else scores.mul_(self._spec.scale)
             if chunk.bias is not None:
                 scores += chunk.bias
-            scores[..., -chunk.hidden.shape[-1] :].masked_fill_(chunk.hidden, -torch.inf)
+            scores[..., -chunk.hidden.shape[-1] :].add_(chunk.hidden)  # quicker than to fill
             weights = scores.softmax(-1).to(values.dtype).view(kv_heads, num_rows * group, -1)
             mixed = torch.bmm(weights, values).view(kv_heads, num_rows, group, size)
             out[chunk.first : chunk.last] = mixed.transpose(0, 1)

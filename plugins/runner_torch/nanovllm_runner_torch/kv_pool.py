@@ -43,6 +43,9 @@ class KVPool:
             self.array = torch.from_numpy(pages).view(dtype)
         else:
             self.array = torch.zeros(shape, dtype=dtype, device=device)
+        # The same memory as rows and as runs of block_size rows, by layer: a view each time would be an operator each.
+        self._rows = list(self.array.view(num_layers, -1, head_size))
+        self._runs = list(self.array.view(num_layers, -1, block_size * head_size))
 
     @property
     def spare_block(self) -> int:
@@ -73,8 +76,7 @@ class KVPool:
 
     def write(self, layer: int, rows: torch.Tensor, kv: torch.Tensor) -> None:
         """kv (T, 2 * kv_heads, head_size): the K heads, then the V heads."""
-        pool = self.array[layer].view(-1, kv.shape[-1])
-        pool.index_copy_(0, rows, kv.reshape(-1, kv.shape[-1]).to(pool.dtype))
+        self._rows[layer].index_copy_(0, rows, kv.to(self.array.dtype).reshape(-1, kv.shape[-1]))
 
     def scratch(self, num_runs: int) -> torch.Tensor:
         """Room for so many runs."""
@@ -84,7 +86,6 @@ class KVPool:
         self, layer: int, runs: torch.Tensor, num_seqs: int, scratch: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V, (num_seqs * kv_heads, m * block_size, head_size) each, of `runs_of_blocks`, inside `scratch`."""
-        pool, found = self.array[layer].view(-1, scratch.shape[1]), scratch[: len(runs)]
-        torch.index_select(pool, 0, runs, out=found)
-        k, v = found.view(2, num_seqs * self.num_kv_heads, -1, self.array.shape[-1]).unbind()
+        found = torch.index_select(self._runs[layer], 0, runs, out=scratch[: len(runs)])
+        k, v = found.view(2, num_seqs * self.num_kv_heads, -1, self.array.shape[-1])
         return k, v

@@ -137,7 +137,7 @@ class Model:
             for part, norm in ((q, layer.q_norm), (k, layer.k_norm)):
                 part.copy_(norm(part.flatten(1)).view(part.shape) if spec.qk_norm_whole else norm(part))
         if angles is not None:
-            pairs = heads[:, : num_q + num_kv, : 2 * angles.shape[-1]].unflatten(-1, (-1, 2))
+            pairs = heads[:, : num_q + num_kv, : 2 * angles.shape[-1]].view(len(qkv), num_q + num_kv, -1, 2)
             torch.view_as_complex(pairs).mul_(angles)
         self._pool.write(i, slots, heads[:, num_q:])
         return q
