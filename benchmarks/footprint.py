@@ -1,11 +1,12 @@
 """What each set-up takes: bytes on disk, time to a first answer, memory. Prints a Markdown table.
 
-    python benchmarks/footprint.py [--rounds 5]
+    python benchmarks/footprint.py [--rounds 5] [--wheels dist]
 
-Disk is the packages of this project, and these with everything they depend on, without bytecode. Start is
-the least time over the rounds of a new process that answers one question with eight tokens, peak its largest
-resident memory; a bare interpreter is there to compare with. (Linux counts the memory of a process from before
-it became another program, so no peak is below this script's own.)
+Wheels are those of this project that the set-up installs, made by `make build`; a dash where they are not there.
+Disk is the packages of this project, and these with everything they depend on, without bytecode. Import is the
+least time over the rounds of a new process that imports the runner and its runtime, start that of one that answers
+a question with eight tokens, peak the latter's largest resident memory; a bare interpreter is there to compare with.
+(Linux counts the memory of a process from before it became another program, so no peak is below this script's own.)
 """
 
 from __future__ import annotations
@@ -18,22 +19,35 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ASK = "from nanovllm.cli import main; import sys; sys.argv[1:] = {args!r}; main()"
+QUESTION = ["--max-tokens", "8", "What is the capital of France?"]
+
+
+class SetUp(NamedTuple):
+    wanted: str | None  # what pip installs
+    imports: str  # a program that imports the runner
+    program: str  # a program that answers
+
+
+def answering(runner: str, options: list[str]) -> SetUp:
+    ask = ASK.format(args=["ask", "--runner", runner, *options, *QUESTION])
+    return SetUp(f"nanovllm[{runner}]", f"import nanovllm_runner_{runner}.runner", ask)
+
+
 SET_UPS = {
-    "bare Python": ("", "pass"),
-    "`import nanovllm`": ("nanovllm", "import nanovllm"),
-    "runner mock, tokenizer simple": (
-        "nanovllm",
-        ASK.format(args=["ask", "--runner", "mock", "--max-tokens", "8", "hello"]),
+    "bare Python": SetUp(None, "pass", "pass"),
+    "`import nanovllm`": SetUp("nanovllm", "import nanovllm", "import nanovllm"),
+    "runner mock, tokenizer simple": SetUp(
+        "nanovllm", "import nanovllm.builtin.mock", ASK.format(args=["ask", "--runner", "mock", *QUESTION])
     ),
-    "runner numpy, embedded model": (
-        "nanovllm[numpy]",
-        ASK.format(args=["ask", "--max-tokens", "8", "What is the capital of France?"]),
-    ),
+    "runner numpy, embedded model": answering("numpy", []),
+    "runner onnx, embedded model": answering("onnx", []),
+    "runner torch, embedded model": answering("torch", ["--set", "runner.device=cpu"]),
 }
 
 
@@ -82,12 +96,21 @@ def run(program: str) -> tuple[float, int]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
-    print("| set-up | ours, MB | with dependencies, MB | start, ms | peak, MB |\n|---|---|---|---|---|")
-    for name, (wanted, program) in SET_UPS.items():
-        parts = closure(wanted) if wanted else set()
-        ours = sum(size(d) for d in parts if d.startswith("nanovllm"))
-        total = sum(size(d) for d in parts)
-        runs = [run(program) for _ in range(rounds)]
-        seconds, peak = min(s for s, _ in runs), max(p for _, p in runs)
-        print(f"| {name} | {ours / 1e6:.1f} | {total / 1e6:.0f} | {seconds * 1e3:.0f} | {peak / 1e6:.0f} |")
+    parser.add_argument("--wheels", type=Path, default=Path("dist"))
+    args = parser.parse_args()
+    print("| set-up | wheels, MB | ours, MB | with dependencies, MB | import, ms | start, ms | peak, MB |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for name, set_up in SET_UPS.items():
+        parts = closure(set_up.wanted) if set_up.wanted is not None else set()
+        ours = [d for d in parts if d.startswith("nanovllm")]
+        wheels = [wheel for d in ours for wheel in args.wheels.glob(f"{d.replace('-', '_')}-[0-9]*.whl")]
+        wheel_bytes = sum(wheel.stat().st_size for wheel in wheels)
+        imports = min(run(set_up.imports)[0] for _ in range(args.rounds))
+        runs = [run(set_up.program) for _ in range(args.rounds)]
+        start, peak = min(seconds for seconds, _ in runs), max(peak for _, peak in runs)
+        print(
+            f"| {name} | {f'{wheel_bytes / 1e6:.2f}' if len(wheels) == len(ours) else '-'} "
+            f"| {sum(map(size, ours)) / 1e6:.1f} | {sum(map(size, parts)) / 1e6:.0f} "
+            f"| {imports * 1e3:.0f} | {start * 1e3:.0f} | {peak / 1e6:.0f} |",
+            flush=True,
+        )

@@ -225,6 +225,16 @@ def test_the_tables_of_the_seeds_have_their_columns() -> None:
     assert "| Implementation | Base Memory | Per Request | Peak Memory |" in page
 
 
+@pytest.mark.parametrize(
+    ("device", "row"), [("cpu", "| mock | 0.8 | - | - |"), ("GPU T4", "| mock | - | 0.8 | - |"),
+                        ("cuda:0", "| mock | - | - | - | 0.8 |")],
+)  # fmt: skip
+def test_a_runner_on_any_device_has_its_column(device: str, row: str) -> None:
+    figures = report()
+    figures.subject["device"] = device
+    assert row in tables.markdown("", show.report_seed_tables(figures))
+
+
 def test_the_plot_is_svg_with_every_point_inside() -> None:
     root = ET.fromstring(svg(report().last_run, "a <title> & more"))
     width, height = float(root.get("width", 0)), float(root.get("height", 0))

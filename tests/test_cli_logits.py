@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from nanovllm.builtin.mock import chain_logits, chain_states
+from nanovllm.builtin.mock import MockRunner, chain_logits, chain_states
 from nanovllm.builtin.simple_bpe import SimpleBPETokenizer
 from nanovllm.cli import cli
 from support import DATA, needs_data
@@ -56,6 +56,28 @@ def test_steps_blocks_and_lanes_change_nothing(extra: list[str]) -> None:
     long = " ".join(["what is the word"] * 30)
     plain = json.loads(run("--json", "--prompt", long).stdout)
     assert json.loads(run("--json", "--prompt", long, *(f"--set={x}" for x in extra)).stdout) == plain
+
+
+def test_logits_may_be_of_any_array_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one on a GPU, which does not become a NumPy array by itself."""
+    plain = document()
+
+    class OnDevice:
+        def __init__(self, array: np.ndarray) -> None:
+            self.array = array
+
+        def __getitem__(self, row: int) -> OnDevice:
+            return OnDevice(self.array[row])
+
+        def __array__(self, *_: object, **__: object) -> np.ndarray:
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+        def tolist(self) -> list[float]:
+            return self.array.tolist()
+
+    forward = MockRunner.forward
+    monkeypatch.setattr(MockRunner, "forward", lambda self, packed: OnDevice(forward(self, packed)))
+    assert document() == plain
 
 
 def test_an_expected_token_decides_the_exit_status() -> None:
@@ -105,7 +127,6 @@ def test_bad_calls(arguments: list[str], status: int, says: str) -> None:
 
 
 def test_a_runner_without_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanovllm.builtin.mock import MockRunner
     from nanovllm.builtin.plugins import _Mock
     from nanovllm.hookspecs import Context, hookimpl
     from nanovllm.runner import ModelRunner

@@ -141,16 +141,15 @@ def test_nano_vllm_names() -> None:
         overrides={
             "max_num_batched_tokens": 16384, "max_num_seqs": 512, "max_model_len": 4096, "kvcache_block_size": 256,
             "num_kvcache_blocks": -1, "eos": -1, "enforce_eager": True, "tensor_parallel_size": 1,
-            "gpu_memory_utilization": 0.9,
+            "gpu_memory_utilization": 0.5,
         },
     )  # fmt: skip
     assert loaded.config.scheduler.model_dump(exclude={"stall_seconds"}) == {
         "max_num_batched_tokens": 16384, "max_num_seqs": 512, "max_model_len": 4096,
     }  # fmt: skip
     assert (loaded.config.cache.block_size, loaded.config.cache.num_blocks, loaded.config.eos) == (256, None, None)
-    assert [note.split()[0] for note in loaded.notes] == [
-        "enforce_eager", "tensor_parallel_size", "gpu_memory_utilization",
-    ]  # fmt: skip
+    assert loaded.config.cache.gpu_share == 0.5
+    assert [note.split()[0] for note in loaded.notes] == ["enforce_eager", "tensor_parallel_size"]
     assert load(environ={}, sets=["eos=151643"]).config.eos == (151643,)
     assert load(environ={}, sets=["eos=[1, 2]"]).config.eos == (1, 2)
     assert load(environ={}, overrides={"eos": []}).config.eos == ()
@@ -159,11 +158,16 @@ def test_nano_vllm_names() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("tensor_parallel_size", 2, "tensor_parallel_size must be 1, not 2 (argument)"),
+        (
+            "tensor_parallel_size",
+            2,
+            "must be 1, not 2 (argument): one process runs the model; tensor parallelism",
+        ),
         ("tensor_parallel_size", True, "must be 1"),
         ("enforce_eager", "yes", "must be true or false"),
-        ("gpu_memory_utilization", 1.5, "above 0 and at most 1"),
-        ("gpu_memory_utilization", float("nan"), "above 0 and at most 1"),
+        ("gpu_memory_utilization", 1.5, "cache.gpu_share: should be less than or equal to 1, not 1.5"),
+        ("gpu_memory_utilization", 0, "cache.gpu_share: should be greater than 0, not 0"),
+        ("gpu_memory_utilization", float("nan"), "cache.gpu_share: should be a finite number"),
     ],
 )
 def test_nano_vllm_values_that_would_mislead(name: str, value: object, says: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 import numpy_support
@@ -11,9 +12,7 @@ from engine_support import Answers, ask, drive, greedy, make_engine
 from models_support import LLAMA, file_tensors, write_checkpoint
 from nanovllm.request import SamplingParams
 from support import DATA, needs_data
-from torch_support import make_runner, sampler
-
-pytestmark = needs_data
+from torch_support import Driver, fill, make_runner, sampler, torch
 
 MODEL = DATA / "checkpoints" / "stories260k"
 LENGTHS = (1, 3, 8, 17, 30, 44)  # of the prompts, the beginnings of one text
@@ -51,6 +50,7 @@ def answers(runner, text: list[int], params: list[SamplingParams], **options) ->
     return [found.ids(t) for t in tickets], found
 
 
+@needs_data
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("how", ENGINES)
 def test_greedy_tokens_are_numpys(how, pool, text):
@@ -61,6 +61,7 @@ def test_greedy_tokens_are_numpys(how, pool, text):
     assert answers(runner, text, params, **ENGINES[how])[0] == wanted
 
 
+@needs_data
 @pytest.mark.parametrize("how", ENGINES)
 def test_seeded_samples_are_numpys(how, text):
     params = [SamplingParams(temperature=0.8, top_p=0.95, seed=i, max_tokens=20, ignore_eos=True) for i in range(6)]
@@ -68,6 +69,45 @@ def test_seeded_samples_are_numpys(how, text):
     got = answers(make_runner(MODEL, num_blocks=256), text, params, **ENGINES[how])[0]
     assert got == wanted
     assert len({tuple(tokens) for tokens in got}) == len(got)
+
+
+def test_every_slot_holds_what_its_own_token_computes(tmp_path, monkeypatch):
+    """The K and V of every sequence, read through its blocks after each step, are those of its context alone."""
+    path = write_checkpoint(tmp_path, LLAMA | {"vocab_size": 125})  # as the engine's tokenizer has
+    runner, alone = make_runner(path, num_blocks=24), make_runner(path)
+    fill(runner, float("nan"))
+    owners: dict[int, set[int]] = {}  # block -> sequences
+    is_permuted = False
+
+    def kv(of, blocks: list[int], num_tokens: int):
+        """(layers, tokens, 2 * kv_heads, head_size)"""
+        return of._pool.array[:, blocks].transpose(2, 3).flatten(1, 2)[:, :num_tokens]
+
+    execute = runner.execute
+
+    def execute_and_check(batch):
+        nonlocal is_permuted
+        outputs = execute(batch)
+        for seq in batch.seqs:
+            driver, context = Driver(alone), seq.context[: seq.stop].tolist()
+            driver.step((0, context, 0, seq.stop, 0))
+            torch.testing.assert_close(
+                kv(runner, seq.blocks.tolist(), seq.stop), kv(alone, driver.tables[0], seq.stop), rtol=0, atol=1e-5
+            )
+            is_permuted |= bool((np.diff(seq.blocks) < 0).any())
+            for block in seq.blocks.tolist():
+                owners.setdefault(block, set()).add(seq.seq_id)
+        return outputs
+
+    monkeypatch.setattr(runner, "execute", execute_and_check)
+    engine = make_engine(runner, sampler=sampler.TorchSampler(), max_num_seqs=4, max_num_batched_tokens=16)
+    prompts = [[5 + i % 7 for i in range(n)] for n in (20, 20, 3, 37, 20, 9, 37)]  # beginnings of each other
+    tickets = [ask(engine, prompt, greedy(15)) for prompt in prompts]
+    found = drive(engine)
+    assert found.ids(tickets[0]) == found.ids(tickets[1]) == found.ids(tickets[4])
+    assert engine.stats().num_preemptions > 0
+    assert is_permuted
+    assert sum(len(sequences) > 1 for sequences in owners.values()) > 12  # most blocks, one after another or at once
 
 
 def test_a_request_with_nan_logits_fails_alone_and_the_engine_goes_on(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from model_cases import MODELS
 from models_support import LLAMA, write_checkpoint
 from nanovllm import LLM, SamplingParams
 from reference_cases import CHECKPOINTS, cases
-from support import needs_data
+from support import REPO, needs_data
 from test_numpy_parity import build, prompt, reference
 from torch_support import Driver, device, fill, linear, make_runner, torch
 
@@ -66,6 +68,20 @@ def test_rows_of_a_batch_keep_to_themselves(weights, tmp_path):
     driver.step(*((i, text, 0, len(text) - 1, 0) for i, text in work))
     together = driver.step(*((i, text, len(text) - 1, len(text), 1) for i, text in work))
     np.testing.assert_allclose(together, alone, rtol=0, atol=0.15 * np.std(alone))
+
+
+@needs_data
+@needs_bf16
+def test_the_accuracy_table(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+    monkeypatch.setattr("sys.argv", ["torch_precision.py", str(CHECKPOINTS / "stories260k"),
+                                     "--sequences", "2", "--tokens", "30", "--threads", "1"])  # fmt: skip
+    importlib.import_module("torch_precision").main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[1] for row in rows] == ["fp32", "bf16", "int8 and fp32", "int8 and bf16"]
+    divergences = [float(row[3]) for row in rows]
+    assert divergences[0] == 0 < divergences[1] < min(divergences[2:])
+    assert rows[0][5] == "100.0%"
 
 
 # ------------------------------------------------------------------------------------------------ int8

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +14,18 @@ import pytest
 from click.testing import CliRunner
 from pydantic import ValidationError
 
+from model_cases import MODELS
 from models_support import GPT2, LLAMA, file_tensors, write_checkpoint
 from nanovllm import LLM, SamplingParams
-from nanovllm.batch import Paged
+from nanovllm.batch import Batch, Paged, ScheduledSeq
 from nanovllm.cli import cli
 from nanovllm.errors import ConfigError, ModelError, RunnerDead, RunnerError, UnsupportedModelError
 from nanovllm.hookspecs import CacheOptions
-from nanovllm_models import load_checkpoint
+from nanovllm_models import Experts, load_checkpoint
 from nanovllm_runner_torch.options import TorchOptions
+from numpy_support import GREEDY as GREEDY_SAMPLING
 from test_numpy_runner import POOL_SIZES, SLOT
-from torch_support import Driver, device, fill, make_runner, modules, runner, torch
+from torch_support import Driver, attention, device, fill, make_runner, modules, runner, torch
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
@@ -58,8 +62,11 @@ def test_impossible_sizes_are_refused_with_the_numbers(path):
     with pytest.raises(ConfigError, match=rf"cache.memory is 10 bytes.*{4 * SLOT:,}"):
         make_runner(path, cache=CacheOptions(block_size=4, memory=10))
     for num_blocks in (2**40, 2**55):
-        with pytest.raises(ConfigError, match=rf"pool of {num_blocks} blocks does not fit in memory.*cache.memory"):
+        size = f"{num_blocks} blocks, {num_blocks * 4 * SLOT:,} bytes,"
+        with pytest.raises(ConfigError, match=rf"pool of {size} does not fit in memory: .*; lower cache.num_blocks"):
             make_runner(path, num_blocks=num_blocks)
+    with pytest.raises(ConfigError, match=r"pool of \d+ blocks, [\d,]+ bytes, does not fit in memory.*cache.memory"):
+        make_runner(path, cache=CacheOptions(block_size=4, memory=2**55))
 
 
 def test_missing_model_says_what_is_expected():
@@ -109,7 +116,7 @@ def test_options_arrive_from_the_configuration():
     with LLM("demo", runner={"type": "torch", "dtype": "fp32", "device": "cpu", "threads": 1}) as llm:
         assert llm.info.description["threads"] == 1
         assert llm.info.description["dtype"].endswith("fp32 in memory")
-    with pytest.raises(ConfigError, match=r"tensor_parallel_size.*must be 1.*one process runs the model"):
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size.*must be 1.*comes in an issue of its own"):
         LLM("demo", runner="torch", tensor_parallel_size=2)
 
 
@@ -204,15 +211,68 @@ def test_without_onednn(monkeypatch, path):
 def test_the_pool_of_a_gpu_is_a_share_of_what_is_free_after_a_first_step(monkeypatch, path):
     """The arithmetic, on the CPU: a step's own needs, here 1,000 bytes, are kept free."""
     found = make_runner(path)
+    free = 10**6
     for name, value in {
         "reset_peak_memory_stats": lambda device: None,
         "memory_allocated": lambda device: 500,
         "max_memory_allocated": lambda device: 1500,
         "empty_cache": lambda: None,
-        "mem_get_info": lambda device: (10**6, 10**7),
+        "mem_get_info": lambda device: (free, 10**7),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    assert found._memory_after_warm_up(30, 4, torch.float32) == 900_000 - 1000
+
+    def memory(**options) -> int:
+        return found._memory_after_warm_up(30, CacheOptions(block_size=4, **options), SLOT, torch.float32)
+
+    assert memory() == 900_000 - 1000
+    assert memory(gpu_share=0.25) == 250_000 - 1000
+    free = 4000
+    for share in (0.25, (1000 + 4 * SLOT - 1) / free):
+        with pytest.raises(ConfigError, match=rf"of the 4,000 bytes .* less 1,000 for a step of 30 .* {4 * SLOT:,};"):
+            memory(gpu_share=share)
+    assert memory(gpu_share=(1000 + 4 * SLOT) / free) == 4 * SLOT
+
+
+class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    """Names the operations, in order; "send" is a copy from the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        is_send = args and getattr(args[0], "is_cpu", False) and getattr(result, "is_meta", False)
+        self.names.append("send" if is_send else func.overloadpacket.__name__)
+        return result
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_on_a_device_waits_for_nothing(name, tmp_path, monkeypatch):
+    """As on a GPU, but on the device `meta`, which has shapes and no numbers: looking at one fails."""
+    monkeypatch.setitem(attention.GATHERED, "meta", attention.GATHERED["cuda"])
+    model_type, _, config = MODELS[name]
+    found = load_checkpoint(write_checkpoint(tmp_path, config | {"model_type": model_type}))
+    meta, attend = torch.device("meta"), found.spec.attention
+    model = runner.Model(found.spec, runner.Weights(found.weights, torch.bfloat16, meta, False), 64)
+    model.open(runner.KVPool(found.spec.num_layers, 8, attend.num_kv_heads, 4, attend.head_size, torch.bfloat16, meta))
+
+    def seq(lane: int, start: int, stop: int, blocks: list[int]) -> ScheduledSeq:
+        table[lane, : len(blocks)] = blocks
+        return ScheduledSeq(lane, lane, np.zeros(stop, np.int32), 1, start, stop, 1, table[lane], GREEDY_SAMPLING, None)
+
+    table = np.full((3, 3), -1, np.int32)
+    seqs = (seq(0, 3, 8, [0, 1]), seq(1, 9, 10, [2, 3, 4]), seq(2, 2, 3, [6]))  # a chunk of a prompt, two that decode
+    for batch in (Batch(seqs, table, 4), Batch(seqs[1:], table, 4)):
+        with Watch() as watch:
+            if any(isinstance(mlp, Experts) for mlp in found.spec.mlps):
+                with pytest.raises(NotImplementedError, match="bincount"):  # the host counts the tokens of each expert
+                    model.forward(batch.packed)
+                continue
+            logits = model.forward(batch.packed)
+        assert (logits.device, logits.dtype, logits.shape) == (meta, torch.float32, (len(batch), found.spec.vocab_size))
+        last_send = max(i for i, name in enumerate(watch.names) if name == "send")
+        assert last_send < watch.names.index("linear")
 
 
 # ------------------------------------------------------------------------------------- failing by name
@@ -238,7 +298,12 @@ def test_a_model_that_does_not_fit_says_how_large_it_is(path, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory."), RunnerError, "step of 2 tokens does not fit.*cache.memory"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
+            RunnerError,
+            "step of 2 tokens on cpu does not fit in memory: .* Tried to allocate 2.00 GiB.; lower cache.memory",
+        ),
+        (RuntimeError("std::bad_alloc"), RunnerError, "step of 2 tokens on cpu does not fit.*max_num_batched_tokens"),
         (torch.AcceleratorError("CUDA error: illegal\nmore"), RunnerDead, "cpu failed: CUDA error: illegal; start"),
         (RuntimeError("a bug"), RuntimeError, "a bug"),
     ],
@@ -292,6 +357,21 @@ def test_a_shard_that_vanishes_while_loading_is_loaded_all_the_same(tmp_path, mo
         make_runner(tmp_path)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a mapped file cannot be cut there")
+def test_a_shard_that_shrinks_while_loading_is_named(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, LLAMA)
+    load = runner.load_checkpoint
+
+    def load_and_cut(model):
+        found = load(model)
+        os.truncate(tmp_path / "model.safetensors", 9000)
+        return found
+
+    monkeypatch.setattr(runner, "load_checkpoint", load_and_cut)
+    with pytest.raises(ModelError, match=r"model\.safetensors was cut short while it was loaded"):
+        make_runner(tmp_path)
+
+
 # ------------------------------------------------------------------------------------- memory and import
 
 
@@ -322,6 +402,58 @@ print([n for n in heavy[:2] if n in sys.modules])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["[]", "[]"]
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory of a process")
+def test_when_the_system_gives_no_more_memory(tmp_path):
+    """A limit of the process makes real allocations fail: at load, and in a step, which the engine survives."""
+    config = LLAMA | {"vocab_size": 125, "hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 8}
+    write_checkpoint(tmp_path, config)
+    code = f"""
+import gc, re, resource
+from pathlib import Path
+from engine_support import ask, drive, greedy, make_engine
+from nanovllm.errors import ConfigError, ModelError
+from torch_support import Driver, make_runner, sampler
+path = Path({str(tmp_path)!r})
+def leave(more):
+    gc.collect()
+    size = int(re.search(r"VmSize:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (more if more < 0 else size + more, resource.RLIM_INFINITY))
+prompt = [5 + i % 100 for i in range(120)]
+alone = Driver(make_runner(path)).greedy(prompt, 4)  # so that oneDNN has its kernels: without memory for one it crashes
+leave((path / "model.safetensors").stat().st_size + 500_000)
+try:
+    make_runner(path)
+except ConfigError as e:
+    print(e)
+leave(1_000_000)
+try:
+    make_runner(path)
+except ModelError as e:
+    print(e)
+leave(-1)
+engine = make_engine(make_runner(path), sampler=sampler.TorchSampler(), max_num_batched_tokens=200)
+leave(500_000)
+large = ask(engine, prompt, greedy(4))
+print(drive(engine).of(large).error)  # which also counts the blocks
+leave(-1)
+again = ask(engine, prompt, greedy(4))
+print(drive(engine).ids(again) == alone)
+"""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}  # keep nothing back
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parent, env=environment,
+    )  # fmt: skip
+    load, file, step, goes_on = done.stdout.splitlines()
+    size = f"{load_checkpoint(tmp_path).num_parameters:,}"
+    assert re.fullmatch(
+        rf"the model of {size} parameters in fp32 on cpu does not fit in memory: .*; free memory.*", load
+    )
+    assert re.search(r"model\.safetensors cannot be read: .* must fit in the process's address space", file)
+    assert re.search(r"a step of 120 tokens on cpu does not fit in memory: .*max_num_batched_tokens", step)
+    assert goes_on == "True"
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory of a process")

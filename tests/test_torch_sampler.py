@@ -123,13 +123,47 @@ def test_logits_are_never_written_to(dtype):
     assert torch.equal(logits, before)
 
 
+FILTERS = [
+    {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}, {"logprobs": 2}, {"temperature": 0.0}, {"presence_penalty": 1.0},
+    {"repetition_penalty": 1.2}, {"logit_bias": {3: 1.0}}, {"min_tokens": 9}, {"top_k": 3, "top_p": 0.5},
+]  # fmt: skip
+
+
 def test_one_transfer_brings_everything_back(monkeypatch):
     """What a GPU would be waited for: one copy to the host, whatever the rows ask for."""
     copies = []
     cpu = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copies.append(self.shape) or cpu(self))
-    filters = [{"top_k": 2}, {"top_p": 0.5}, {"logprobs": 2}, {"temperature": 0.0}, {"presence_penalty": 1.0}]
-    rows = [make_row(SamplingParams(**f), 0.4) for f in filters] + [make_row(SamplingParams(), target=3)]
+    rows = [make_row(SamplingParams(**f), 0.4) for f in FILTERS] + [make_row(SamplingParams(), target=3)]
     run(np.random.default_rng(0).normal(size=(len(rows), 50)), rows)
     run(np.zeros((2, 50)), [make_row(SamplingParams(temperature=0))] * 2)
     assert len(copies) == 2
+
+
+def test_a_token_without_weight_is_never_drawn():
+    """A CPU adds up from the first to the last, so that none can be; a GPU does not."""
+    weights = torch.tensor([[0.0, 0.5, 0.0, 1.0], [1.0, 0.0, 0.0, 0.2]], dtype=torch.float64)
+    for places, wanted in (([0, 0], [3, 0]), ([1, 3], [1, 3]), ([2, 1], [3, 0])):
+        assert sampler._with_weight(torch.tensor(places), weights).tolist() == wanted
+
+
+def test_nothing_else_waits_for_the_device(monkeypatch):
+    """On the device `meta`, which has shapes and no numbers: looking at one before the transfer would fail. What the
+    host sends goes there without waiting, also while the device computes the logits."""
+    sent = []
+    to = torch.Tensor.to
+
+    def send(self, *args, **kwargs):
+        found = to(self, *args, **kwargs)
+        if self.is_cpu and found.is_meta:
+            sent.append(kwargs.get("non_blocking", False))
+        return found
+
+    monkeypatch.setattr(torch.Tensor, "to", send)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: torch.zeros(self.shape, dtype=self.dtype))
+    monkeypatch.setattr(torch, "tensor", None)  # which would send its numbers and wait until they are there
+    for f in FILTERS:
+        rows = [make_row(SamplingParams(**f), 0.4, context=(1, 2, 3)), make_row(SamplingParams(**f), target=3)]
+        assert not sampler.TorchSampler().sample(torch.empty(2, 50, device="meta"), rows).errors
+    assert sent
+    assert all(sent)

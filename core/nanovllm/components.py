@@ -83,7 +83,10 @@ def build(loaded: Loaded) -> Components:
         path=path,
         tokenizer_path=Path(config.tokenizer.path).expanduser() if config.tokenizer.path else None,
         cache=CacheOptions(
-            block_size=config.cache.block_size, memory=config.cache.memory, num_blocks=config.cache.num_blocks
+            block_size=config.cache.block_size,
+            memory=config.cache.memory,
+            num_blocks=config.cache.num_blocks,
+            gpu_share=config.cache.gpu_share,
         ),
         max_num_seqs=config.scheduler.max_num_seqs,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,

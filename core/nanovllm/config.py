@@ -125,6 +125,10 @@ class CacheSection(Section):
     num_blocks: Annotated[int | None, BeforeValidator(_blocks)] = Field(
         default=None, ge=1, description="exact number of blocks; wins over `memory`"
     )
+    gpu_share: float = Field(
+        default=0.9, gt=0, le=1, allow_inf_nan=False,
+        description="share of a GPU's free memory for a pool that lies on it, where `memory` and `num_blocks` are null",
+    )  # fmt: skip
     prefix_caching: bool = Field(default=True, description="reuse the blocks of an equal beginning")
 
 

@@ -37,6 +37,7 @@ class CacheOptions:
     block_size: int = 16  # tokens per KV block
     memory: int | None = None  # bytes for the KV pool; None = the runner decides
     num_blocks: int | None = None  # exact pool size; wins over memory
+    gpu_share: float = 0.9  # of a GPU's free memory, for a pool that lies on it; both others win over it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,15 +31,15 @@ OPTION_ALIASES: Mapping[str, str] = {
     "max_model_len": "scheduler.max_model_len",
     "kvcache_block_size": "cache.block_size",
     "num_kvcache_blocks": "cache.num_blocks",
+    "gpu_memory_utilization": "cache.gpu_share",
 }
 # nano-vllm's options that are accepted and do nothing: (is the value allowed?, in words, why it does nothing).
 NO_EFFECT_OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
     "enforce_eager": (lambda v: type(v) is bool, "true or false", "a runner decides by itself what it compiles"),
-    "tensor_parallel_size": (lambda v: type(v) is int and v == 1, "1", "one process runs the model"),
-    "gpu_memory_utilization": (
-        lambda v: type(v) in (int, float) and 0 < v <= 1,
-        "above 0 and at most 1",
-        "cache.memory sizes the KV pool",
+    "tensor_parallel_size": (
+        lambda v: type(v) is int and v == 1,
+        "1",
+        "one process runs the model; tensor parallelism comes in an issue of its own",
     ),
 }
 # The build tags of nano-vllm-go.

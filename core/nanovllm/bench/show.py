@@ -147,6 +147,7 @@ def comparison_seed_tables(comparison: Comparison) -> list[Table]:
 
 def _seed_tables(model: str, rows: Sequence[SeedRow]) -> list[Table]:
     """The two tables of the seed documents: speed by device, and memory. What was not measured is a dash."""
+    rows = [row._replace(device="CPU") if row.device == "cpu" else row for row in rows]  # as runners name it
     devices = list(dict.fromkeys(["CPU", "GPU T4", "GPU A100", *(row.device for row in rows)]))
     return [
         Table(

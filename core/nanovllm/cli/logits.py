@@ -139,7 +139,7 @@ def row_after(parts: Components, ids: Sequence[int]) -> NDArray[np.float64]:
         seq = ScheduledSeq(0, 0, context, len(ids), start, stop, int(stop == len(ids)), blocks, sampling, None)
         rows = runner.forward(Batch((seq,), blocks[None] if block_size else None, block_size).packed)
     runner.release(0, 0)
-    row = np.asarray(rows[0], np.float64)
+    row = np.array(rows[0].tolist(), np.float64)  # of whatever array type, on whatever device
     if not np.isfinite(row).all():
         raise RunnerError(f"{int((~np.isfinite(row)).sum())} of the {len(row)} logits are not finite numbers")
     return row

@@ -1,4 +1,4 @@
-"""Where the model computes, in which number type. Every wish is met or refused.
+"""Where the model computes, in which number type, on how many threads. Every wish is met or refused.
 
 Knows no model. `auto` is the only word that chooses; whatever was named is never replaced by another.
 """
@@ -8,12 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
-from nanovllm.errors import ConfigError
+from nanovllm.errors import ConfigError, NanoVLLMError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_NO_MEMORY = ("can't allocate memory", "bad_alloc")  # torch's allocator for a CPU; oneDNN's and everybody else's
 
 
 def find_device(name: str) -> torch.device:
@@ -80,17 +83,32 @@ def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available()
 
 
+def use_threads(num_threads: int) -> None:
+    """Before every step: torch has one number for the process, which another runner in it may have changed."""
+    if torch.get_num_threads() != num_threads:
+        torch.set_num_threads(num_threads)
+
+
+def send(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """The array on the device, or itself as a tensor on a CPU.
+
+    Does not wait for what a GPU has still to compute: CUDA takes its own copy of memory that is not pinned.
+    """
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
 @contextmanager
-def memory_for(what: str, hint: str) -> Iterator[None]:
-    """Turns "out of memory" into a ConfigError that says for what."""
+def memory_for(what: str, hint: str, kind: type[NanoVLLMError] = ConfigError) -> Iterator[None]:
+    """Turns "out of memory" into an error that says for what, and what the allocator says."""
     try:
         yield
     except (MemoryError, RuntimeError) as e:
-        if not is_out_of_memory(e):
+        if not _is_out_of_memory(e):
             raise
-        raise ConfigError(f"{what} does not fit in memory: {str(e).splitlines()[0]}", hint=hint) from e
+        cause = (str(e).splitlines() or ["MemoryError"])[0]
+        raise kind(f"{what} does not fit in memory: {cause}", hint=hint) from e
 
 
-def is_out_of_memory(e: Exception) -> bool:
+def _is_out_of_memory(e: Exception) -> bool:
     """NumPy has one type for it, torch another on a GPU and none on a CPU."""
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(words in str(e) for words in _NO_MEMORY)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class TorchOptions(BaseModel):
@@ -19,3 +20,16 @@ class TorchOptions(BaseModel):
     weights: Literal["auto", "int8"] = Field(
         default="auto", description="auto: linear weights are held as dtype; int8: products of 8-bit integers, CPU only"
     )
+    allow_code_in: tuple[Annotated[Path, Field(strict=False)], ...] = Field(
+        default=(),
+        strict=False,
+        description="exported models are opened in these places only, because what they hold may run: full paths",
+    )
+
+    @field_validator("allow_code_in")
+    @classmethod
+    def _is_the_same_wherever_it_is_read(cls, places: tuple[Path, ...]) -> tuple[Path, ...]:
+        for place in places:
+            if not place.is_absolute() and place.parts[:1] != ("~",):
+                raise ValueError("must be full paths, which begin with / or ~/")
+        return places

@@ -12,18 +12,16 @@ import numpy as np
 import torch
 
 from nanovllm.batch import Packed, Paged, RunnerInfo
-from nanovllm.errors import RunnerDead, RunnerError
-from nanovllm.hookspecs import Context
+from nanovllm.errors import ConfigError, RunnerDead, RunnerError
+from nanovllm.hookspecs import CacheOptions, Context
 from nanovllm.runner import LogitsRunner
 from nanovllm.threads import available_threads
 from nanovllm_models import Checkpoint, load_checkpoint, model_len, num_kv_blocks
 
-from .device import DTYPES, check_int8, find_device, find_dtype, is_out_of_memory, memory_for
+from .device import DTYPES, check_int8, find_device, find_dtype, memory_for, use_threads
 from .kv_pool import KVPool
 from .model import Model
 from .weights import Weights
-
-FREE_SHARE = 0.9  # of a GPU's free memory, for the KV pool where the configuration names no size
 
 
 class TorchRunner(LogitsRunner):
@@ -37,7 +35,7 @@ class TorchRunner(LogitsRunner):
         if is_int8:
             check_int8(self._device)
         self._threads = ctx.threads or available_threads()
-        self._use_threads()
+        use_threads(self._threads)
 
         checkpoint = load_checkpoint(ctx.path or ctx.model)
         spec = checkpoint.spec
@@ -49,12 +47,13 @@ class TorchRunner(LogitsRunner):
         with memory_for(f"the model of {size} on {self._device}", hint):
             self._model = Model(spec, weights, max_model_len)
 
-        cache = ctx.cache
+        cache, slot_bytes = ctx.cache, spec.kv_size * dtype.itemsize
         if self._device.type == "cuda" and cache.memory is None and cache.num_blocks is None:
             num_tokens = min(ctx.max_num_batched_tokens, max_model_len)
-            cache = replace(cache, memory=self._memory_after_warm_up(num_tokens, cache.block_size, dtype))
-        num_blocks = num_kv_blocks(spec.kv_size * dtype.itemsize, cache, ctx.max_num_seqs, max_model_len)
-        with memory_for(f"the KV pool of {num_blocks} blocks", "lower cache.num_blocks or cache.memory"):
+            cache = replace(cache, memory=self._memory_after_warm_up(num_tokens, cache, slot_bytes, dtype))
+        num_blocks = num_kv_blocks(slot_bytes, cache, ctx.max_num_seqs, max_model_len)
+        size = f"{num_blocks} blocks, {num_blocks * cache.block_size * slot_bytes:,} bytes,"
+        with memory_for(f"the KV pool of {size}", "lower cache.num_blocks or cache.memory"):
             self._pool = self._make_pool(num_blocks, cache.block_size, dtype)
         self._model.open(self._pool)
         self._info = RunnerInfo(
@@ -73,39 +72,32 @@ class TorchRunner(LogitsRunner):
 
     def forward(self, packed: Packed) -> torch.Tensor:
         """Logits (R, vocab) float32 on the device for `packed.rows`; K and V of all T tokens go into the pool."""
-        self._use_threads()
+        use_threads(self._threads)
+        hint = "lower cache.memory or scheduler.max_num_batched_tokens"
         try:
-            return self._model.forward(packed)
+            with memory_for(f"a step of {len(packed.input_ids)} tokens on {self._device}", hint, RunnerError):
+                return self._model.forward(packed)
         except torch.AcceleratorError as e:  # the context of a GPU that failed once computes nothing any more
             raise RunnerDead(f"{self._device} failed: {str(e).splitlines()[0]}", hint="start again") from e
-        except (MemoryError, RuntimeError) as e:
-            if not is_out_of_memory(e):
-                raise
-            raise RunnerError(
-                f"a step of {len(packed.input_ids)} tokens does not fit in the memory of {self._device}",
-                hint="lower cache.memory or scheduler.max_num_batched_tokens",
-            ) from e
 
     def close(self) -> None:
         del self._model, self._pool
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _use_threads(self) -> None:
-        """torch has one number for the process, which another runner in it may have changed."""
-        if torch.get_num_threads() != self._threads:
-            torch.set_num_threads(self._threads)
-
     def _make_pool(self, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVPool:
         spec = self._model.spec
         heads, size = spec.attention.num_kv_heads, spec.attention.head_size
         return KVPool(spec.num_layers, num_blocks, heads, block_size, size, dtype, self._device)
 
-    def _memory_after_warm_up(self, num_tokens: int, block_size: int, dtype: torch.dtype) -> int:
-        """Bytes for the KV pool: a share of what is free, less what a step of so many tokens needs besides."""
-        packed = first_step(num_tokens, block_size)
+    def _memory_after_warm_up(self, num_tokens: int, cache: CacheOptions, slot_bytes: int, dtype: torch.dtype) -> int:
+        """Bytes for the KV pool: a share of what is free, less what a step of so many tokens needs besides.
+
+        Raises ConfigError if that is not a block.
+        """
+        packed = first_step(num_tokens, cache.block_size)
         with memory_for(f"a first step of {num_tokens} tokens", "lower scheduler.max_num_batched_tokens"):
-            self._model.open(self._make_pool(packed.tables.size, block_size, dtype))
+            self._model.open(self._make_pool(packed.tables.size, cache.block_size, dtype))
             torch.cuda.reset_peak_memory_stats(self._device)
             before = torch.cuda.memory_allocated(self._device)
             self._model.forward(packed)
@@ -113,7 +105,15 @@ class TorchRunner(LogitsRunner):
         self._model.close()
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self._device)
-        return max(0, int(free * FREE_SHARE) - needed)
+        left = int(free * cache.gpu_share) - needed
+        if left < slot_bytes * cache.block_size:
+            raise ConfigError(
+                f"of the {free:,} bytes that are free on {self._device} beside the model, cache.gpu_share of "
+                f"{cache.gpu_share} less {needed:,} for a step of {num_tokens} tokens does not hold one KV block of "
+                f"{slot_bytes * cache.block_size:,}",
+                hint="raise cache.gpu_share, lower scheduler.max_num_batched_tokens, or free memory of the GPU",
+            )
+        return left
 
     def _describe(self, checkpoint: Checkpoint, weights: Weights) -> dict[str, object]:
         return {

@@ -22,6 +22,8 @@ from torch import Tensor
 from nanovllm.batch import Sampled, SampleRow, TokenLogprob
 from nanovllm.request import SamplingParams
 
+from .device import send
+
 CHUNK = 2**20  # float64 numbers at once on a CPU: 8 MiB
 NUCLEUS = 1024  # tokens ranked for top-p at first
 
@@ -103,7 +105,7 @@ def _chunks(rows: list[int], logits: Tensor) -> list[list[int]]:
 
 
 def _index(numbers: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device=like.device)
+    return send(np.array(numbers, np.int64), like.device)
 
 
 # ------------------------------------------------------------------------------ what a row asks for
@@ -183,7 +185,7 @@ class _Entries:
 
     def apply(self, x: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> None:
         if self._parts:
-            rows, ids, numbers = torch.from_numpy(np.concatenate(self._parts, axis=1)).to(x.device).unbind()
+            rows, ids, numbers = send(np.concatenate(self._parts, axis=1), x.device).unbind()
             place = rows.long(), ids.long()
             x[place] = change(x[place], numbers)
 
@@ -256,7 +258,7 @@ def _draw_best(
 
 
 def _column(rows: Sequence[SampleRow], value: Callable[[SamplingParams], float], like: Tensor) -> Tensor:
-    return torch.tensor([[value(row.sampling.params)] for row in rows], dtype=torch.float64, device=like.device)
+    return send(np.array([[value(row.sampling.params)] for row in rows], np.float64), like.device)
 
 
 def _weigher(x: Tensor, rows: Sequence[SampleRow]) -> Callable[[Tensor], Tensor]:
@@ -277,10 +279,20 @@ def _invert(weights: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     Since uniform <= 1 - 2**-53, uniform * total < total also after rounding: there is such a place.
     """
     weights.masked_fill_(weights < _column(rows, lambda p: p.min_p, weights), 0)  # the best token's weight is 1
-    uniform = torch.tensor([[row.uniform] for row in rows], dtype=torch.float64, device=weights.device)
+    uniform = send(np.array([[row.uniform] for row in rows], np.float64), weights.device)
     cumulative = weights.cumsum(1)
     places = (cumulative <= uniform * cumulative[:, -1:]).sum(1)
-    return places.clamp_(max=weights.shape[1] - 1)  # NaN compares as it likes, and its row is an error anyway
+    places.clamp_(max=weights.shape[1] - 1)  # NaN compares as it likes, and its row is an error anyway
+    return places if weights.device.type == "cpu" else _with_weight(places, weights)
+
+
+def _with_weight(places: Tensor, weights: Tensor) -> Tensor:
+    """`places` (r,), but the best token's for one without weight.
+
+    A GPU adds up to every place in an order of its own, so by rounding one without weight may exceed the one before.
+    """
+    own = weights.gather(1, places[:, None])[:, 0]
+    return torch.where(own > 0, places, weights.argmax(1))
 
 
 _DRAWS = (_argmax_of, _draw, _draw_ranked, _draw_nucleus)  # by kind
