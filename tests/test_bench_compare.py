@@ -46,7 +46,14 @@ def steady(name: str, seconds: float = 1.0, token: int = 9) -> Contestant:
 
 
 def compared(*contestants: Contestant, runs: int = 2, timeout: float = 60, probe: float = 40.0) -> Comparison:
-    return compare(contestants, lambda vocab_size, max_len: WORKLOAD, runs=runs, timeout=timeout, probe=lambda: probe)
+    return compare(
+        contestants,
+        lambda vocab_size, max_len: WORKLOAD,
+        runs=runs,
+        timeout=timeout,
+        probe=lambda: probe,
+        settle_seconds=0,
+    )
 
 
 def test_ratios_are_of_readings_taken_side_by_side() -> None:

@@ -8,7 +8,7 @@
     report.py    one engine's figures as a value, and how they are taken
     worker.py    the child's end of a comparison: an engine behind two pipes
     child.py     the parent's end of the same pipes
-    compare.py   engines in turns, A B A B, and their ratios
+    compare.py   engines in turns, A B B A, and their ratios
     tables.py    tables, for terminals and as Markdown
     show.py      reports and comparisons as such tables
     plot.py      latencies as SVG

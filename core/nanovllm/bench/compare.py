@@ -1,4 +1,4 @@
-"""Engines in turns: A B A B, each in a child process that stays loaded, only one of them active at a time.
+"""Engines in turns: A B B A, each in a child process that stays loaded, only one of them active at a time.
 
 A reading of A and the reading of B beside it saw the same machine, so their ratio means something where the
 readings themselves drift; a probe of the memory's bandwidth before and after each round shows the drift.
@@ -8,6 +8,7 @@ Knows no table.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -20,6 +21,9 @@ from .child import Child, ChildFailed, Contestant
 from .machine import Probe
 from .metrics import METRICS, Rate, Sample, Tokens, take
 from .workload import Workload
+
+# Threads that have just computed go on spinning for a moment, and would slow down whoever is measured next.
+SETTLE_SECONDS = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +96,7 @@ def compare(
     runs: int,
     timeout: float,  # seconds that one answer of a child may take
     probe: Probe | None = None,
+    settle_seconds: float = SETTLE_SECONDS,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
     """Measure all of them. One that fails is left out and named in `failures`; the rest go on.
@@ -127,8 +132,12 @@ def compare(
             except RequestError as e:
                 drop(name, e)
 
-        def turn(metric: str, *, keep: bool = True) -> None:
-            for name, entry in list(entries.items()):
+        def turn(metric: str, number: int = 0, *, keep: bool = True) -> None:
+            """One measurement of each; who begins changes from round to round."""
+            order = list(entries.items())
+            first = number % max(1, len(order))
+            for name, entry in order[first:] + order[:first]:
+                time.sleep(settle_seconds)
                 try:
                     sample = take(metric, entry.child.generate, workload)
                 except (ChildFailed, RunnerError) as e:
@@ -146,7 +155,7 @@ def compare(
                     break
                 on_progress(f"run {i + 1} of {runs}: {metric}")
                 before = probe()
-                turn(metric)
+                turn(metric, i)
                 bandwidth.append((before, probe()))
         results = tuple(_result(name, entry) for name, entry in entries.items())
     samples = {name: entry.samples for name, entry in entries.items()}
