@@ -10,7 +10,7 @@ import pytest
 from nanovllm import LLM, SamplingParams
 from nanovllm.builtin.mock import MockRunner
 from nanovllm.builtin.simple_bpe import SimpleBPETokenizer
-from nanovllm.stats import StepStats
+from nanovllm.stats import KvBlocks, StepStats
 
 
 class Recorder:
@@ -79,3 +79,22 @@ def test_blocks_in_use_are_reported_and_come_back() -> None:
     assert max(s.kv_blocks_used or 0 for s in recorder.steps) > 0
     assert recorder.steps[-1].kv_blocks_used == 0
     assert recorder.steps[-1].kv_blocks_total == 4096
+
+
+def test_the_pool_is_counted_while_it_is_used_and_after() -> None:
+    llm = LLM.from_components(MockRunner(num_blocks=64, block_size=4), SimpleBPETokenizer(), eos_ids=())
+    counts: list[KvBlocks | None] = []
+
+    class Watcher:
+        def on_step(self, stats: StepStats) -> None:
+            counts.append(llm.engine.kv_blocks())
+
+    llm.engine.observe(Watcher())  # an engine that exists already
+    prompt, params = list(range(1, 15)), SamplingParams(temperature=0, max_tokens=4)
+    llm.generate([prompt], params)
+    llm.generate([prompt] * 2, params)
+    assert {c.shared for c in counts if c} == {0, 3}  # the three full blocks of the prompt, by both of the second call
+    assert all(c is not None and c.used + c.cached <= c.total == 64 for c in counts)
+    # 14 + 3 tokens had their KV computed: four full blocks each, of which the answers' are equal too.
+    assert llm.engine.kv_blocks() == KvBlocks(total=64, used=0, shared=0, cached=4)
+    assert LLM.from_components(MockRunner(layout="lanes"), SimpleBPETokenizer()).engine.kv_blocks() is None

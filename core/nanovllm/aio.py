@@ -12,10 +12,10 @@ import asyncio
 import logging
 import threading
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import EngineClosed, EngineDead, NanoVLLMError, RequestFailed
 from .face import EngineFace
@@ -35,19 +35,31 @@ log = logging.getLogger("nanovllm.engine")
 CLOSE_SECONDS = 10.0  # how long `close` waits for a step that hangs
 
 
+class Inbox(Protocol):
+    """What takes the deltas of one request. `put` and `fail` are called on its event loop."""
+
+    loop: asyncio.AbstractEventLoop
+    num_open: int  # completions not ended yet; the engine thread's
+
+    def put(self, delta: Delta) -> None: ...
+
+    def fail(self, error: NanoVLLMError) -> None:
+        """The engine is over, or refused the request: nothing more will come."""
+
+
 class Mailbox:
     """Deltas on their way to one consumer. All but `num_open` belongs to the consumer's event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, num_open: int) -> None:
         self.loop = loop
-        self.num_open = num_open  # completions not ended yet; the engine thread's
+        self.num_open = num_open
         self._pending: dict[int, Delta] = {}  # by completion
         self._failure: NanoVLLMError | None = None
         self._arrived = asyncio.Event()
 
     def put(self, delta: Delta) -> None:
         before = self._pending.get(delta.completion_index)
-        self._pending[delta.completion_index] = delta if before is None else _merged(before, delta)
+        self._pending[delta.completion_index] = delta if before is None else merged(before, delta)
         self._arrived.set()
 
     def fail(self, error: NanoVLLMError) -> None:
@@ -75,7 +87,7 @@ class AsyncLLM(EngineFace):
         self._wanted = threading.Condition()
         self._is_closing = False
         self._crash: str | None = None  # why the engine thread ended by itself
-        self._mail: dict[int, Mailbox] = {}  # request_id -> mailbox; entered under the lock
+        self._mail: dict[int, Inbox] = {}  # by request_id; entered under the lock
         self._thread = threading.Thread(target=self._work, name="nanovllm-engine", daemon=True)
         self._thread.start()
 
@@ -117,7 +129,7 @@ class AsyncLLM(EngineFace):
         loop = asyncio.get_running_loop()
         ticket = await loop.run_in_executor(None, self.engine.prepare, request)
         box = Mailbox(loop, len(ticket.sequences))
-        self._post(lambda: self._accept(ticket), ticket.request_id, box)
+        self._post(lambda: self._accept(ticket), {ticket.request_id: box})
         done: list[Completion] = []
         try:
             while len(done) < len(ticket.sequences):
@@ -133,6 +145,28 @@ class AsyncLLM(EngineFace):
         outputs.append(output := ticket.output(done))
         if output.error is not None:
             raise RequestFailed(f"request {output.request_id}: {output.error}", outputs=[output])
+
+    def pace(
+        self,
+        new: Sequence[tuple[Ticket, Inbox]] = (),
+        grants: Sequence[tuple[int, int]] = (),
+        over: Sequence[int] = (),
+    ) -> None:
+        """Lead paced requests, all in one go between two steps: abort, accept, grant.
+
+        `new`: prepared PacedRequests, each with what takes its deltas; `grants`: (request id, tokens in all) as for
+        `Engine.grant`; `over`: request ids to abort. Raises EngineClosed, EngineDead.
+        """
+
+        def act() -> None:
+            for request_id in over:
+                self._abort(request_id)
+            for ticket, _ in new:
+                self._accept(ticket)
+            for request_id, num_output in grants:
+                self.engine.grant(request_id, num_output)
+
+        self._post(act, {ticket.request_id: inbox for ticket, inbox in new})
 
     # ---------------------------------------------------------------------------------- the end
 
@@ -165,15 +199,15 @@ class AsyncLLM(EngineFace):
 
     # --------------------------------------------------------------------------- the engine thread
 
-    def _post(self, action: Callable[[], None], request_id: int = 0, box: Mailbox | None = None) -> None:
+    def _post(self, action: Callable[[], None], boxes: Mapping[int, Inbox] | None = None) -> None:
         """Have the engine thread do this between two steps. Raises EngineClosed, EngineDead."""
         with self._wanted:
             if self._is_closing:
                 raise EngineClosed("the engine is closed", hint="create a new one")
             if self._crash is not None:
                 raise EngineDead(self._crash, hint="restart it")
-            if box is not None:  # from here on, whatever ends the engine finds the box
-                self._mail[request_id] = box
+            if boxes:  # from here on, whatever ends the engine finds them
+                self._mail.update(boxes)
             self._inbox.append(action)
             self._wanted.notify()
         self.engine.wake()
@@ -209,7 +243,7 @@ class AsyncLLM(EngineFace):
 
     def _deliver(self, deltas: list[Delta]) -> None:
         """Hand out a step's deltas, one call per event loop."""
-        by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[Mailbox, Delta]]] = defaultdict(list)
+        by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[Inbox, Delta]]] = defaultdict(list)
         for delta in deltas:
             box = self._mail.get(delta.request_id)
             if box is None:
@@ -235,7 +269,7 @@ class AsyncLLM(EngineFace):
             _post(box.loop, box.fail, error)
 
 
-def _merged(a: Delta, b: Delta) -> Delta:
+def merged(a: Delta, b: Delta) -> Delta:
     """Two deltas of one completion as one."""
     return b._replace(
         text=a.text + b.text,
@@ -244,7 +278,7 @@ def _merged(a: Delta, b: Delta) -> Delta:
     )
 
 
-def _put_all(mail: list[tuple[Mailbox, Delta]]) -> None:
+def _put_all(mail: list[tuple[Inbox, Delta]]) -> None:
     for box, delta in mail:
         box.put(delta)
 

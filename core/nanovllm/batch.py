@@ -102,6 +102,7 @@ class ScheduledSeq(NamedTuple):
     blocks: IntArray  # (n,) int32 block ids covering [0, stop); read-only; empty unless kv is Paged
     sampling: Sampling
     prompt: str | Sequence[Mapping[str, str]] | None  # only for a runner that tokenizes by itself
+    cache_salt: str | None = None  # the request's, for a runner whose cache is elsewhere: others may not share it
 
     @property
     def samples(self) -> bool:

@@ -49,6 +49,8 @@ class BlockManager:
         self._seals: list[Seal | None] = [None] * num_blocks
         self._index: dict[bytes, int] = {}  # hash -> block
         self._num_seals = 0
+        self.num_shared = 0  # blocks with more than one owner
+        self.num_cached = 0  # free blocks that are still in the index
 
     @property
     def num_free(self) -> int:
@@ -71,7 +73,9 @@ class BlockManager:
         for b in cached:
             if self._refs[b] == 0:
                 del self._free[b]
+                self.num_cached -= 1
             self._refs[b] += 1
+            self.num_shared += self._refs[b] == 2
         fresh = []
         for _ in range(need):
             b, _none = self._free.popitem(last=False)
@@ -85,10 +89,13 @@ class BlockManager:
         for b in reversed(blocks):
             assert self._refs[b] > 0, f"block {b} released more often than taken"
             self._refs[b] -= 1
+            self.num_shared -= self._refs[b] == 1
             if self._refs[b] == 0:
                 self._free[b] = None
                 if self._seals[b] is None:
                     self._free.move_to_end(b, last=False)
+                else:
+                    self.num_cached += 1
 
     # ------------------------------------------------------------------------------ prefix index
 
@@ -144,8 +151,10 @@ class BlockManager:
         if seal is not None:
             del self._index[seal.hash]
             self._seals[block] = None
-            if self._refs[block] == 0 and block in self._free:
-                self._free.move_to_end(block, last=False)
+            if self._refs[block] == 0:
+                self.num_cached -= 1
+                if block in self._free:
+                    self._free.move_to_end(block, last=False)
 
     # ------------------------------------------------------------------------------------ checks
 
@@ -156,6 +165,8 @@ class BlockManager:
             assert refs == counts[b], f"block {b} has {refs} references and {counts[b]} owners"
             assert (refs == 0) == (b in self._free), f"block {b} with {refs} references: free list disagrees"
         assert self.num_free + self.num_used == self.num_blocks, "free + used != total"
+        assert self.num_shared == sum(refs > 1 for refs in self._refs), "shared blocks are miscounted"
+        assert self.num_cached == sum(self._seals[b] is not None for b in self._free), "cached blocks are miscounted"
         for key, b in self._index.items():
             seal = self._seals[b]
             assert seal is not None, f"index entry of block {b} has no seal"

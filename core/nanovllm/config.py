@@ -149,6 +149,9 @@ class Config(Section):
     plugins: Annotated[tuple[Text, ...], BeforeValidator(_names)] = Field(
         default=(), description="observers to load, by name"
     )
+    server: dict[str, Any] = Field(
+        default={}, description="options of `nanovllm serve`, which checks them: docs/server/operations.md lists them"
+    )
 
 
 _SECTIONS: Mapping[str, type[Section]] = {
@@ -181,19 +184,25 @@ def load(
     overrides: Mapping[str, Any] = MappingProxyType({}),
     sets: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
+    environ_aliases: Mapping[str, str] = MappingProxyType({}),
     override_origin: str = "argument",
 ) -> Loaded:
     """Merge every source and check the result. Raises ConfigError, which names the value and its origin.
 
     `overrides` may be nested, dotted (`{"runner.threads": 2}`) or use nano-vllm's names; they win over `sets`.
-    `environ` is `os.environ` unless given.
+    `environ` is `os.environ` unless given; `environ_aliases`: further variables and the dotted keys that they set,
+    over the file's, whichever plugins are chosen.
     """
     file, profiles = sources.from_yaml(Path(path)) if path is not None else ({}, {})
-    environment = sources.from_environment(os.environ if environ is None else environ)
+    environ = os.environ if environ is None else environ
+    environment = sources.from_environment(environ)
     call = _put(sources.from_sets(sets), sources.from_mapping(overrides, override_origin))
     values: Values = {}
     for layer in (file, _take_profile((file, environment, call), profiles), environment, call):
         values = _merge(values, layer)
+    # Not a layer: they choose no plugin, so they are for whichever is chosen.
+    named = sources.from_environment({k: environ[k] for k in environ_aliases if k in environ}, environ_aliases)
+    values = _put(values, {k: v for k, v in named.items() if k not in environment and k not in call})
     notes = sources.take_no_effect(values)
     _check_keys(values)
     origins = MappingProxyType({".".join(k): v.origin for k, v in values.items()})
@@ -230,7 +239,9 @@ def config_error(e: ValidationError, origins: Mapping[str, str], prefix: KeyPath
     origin = next((f" ({origins[k]})" for k in keys if k in origins), "")
     what = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     more = f" (and {len(others)} more)" if others else ""
-    return ConfigError(f"{'.'.join(path)}: {what}, not {show(first['input'])}{origin}{more}")
+    # What is wrong with a section as a whole is no one value; and a plugin says `secret` where the value may be one.
+    given = f", not {show(first['input'])}" if first["loc"] and first["type"] != "secret" else ""
+    return ConfigError(f"{'.'.join(path)}: {what}{given}{origin}{more}")
 
 
 def _take_profile(layers: Sequence[Values], profiles: Mapping[str, Values]) -> Values:
@@ -299,7 +310,7 @@ def leaves(config: Config) -> Iterator[tuple[str, Any]]:
     """(dotted key, plain value) of the whole configuration, as `load` would take it again."""
     for name, value in config.model_dump(mode="json").items():
         if name not in _SECTIONS:
-            yield name, value
+            yield from _dotted({name: value})
             continue
         options = value.pop("options", {})
         for key, item in (*value.items(), *_dotted(options)):

@@ -27,7 +27,7 @@ from .request import Completion, Delta, Finish, Request
 from .runner import LogitsRunner, ModelRunner, Sampler
 from .scheduler import Scheduler
 from .sequence import Sequence
-from .stats import EngineStats, Health, StepStats
+from .stats import EngineStats, Health, KvBlocks, StepStats
 from .tokenizer import Tokenizer
 
 log = logging.getLogger("nanovllm.engine")
@@ -117,8 +117,7 @@ class Engine:
         """Accept a request: from here on it gets an answer. Raises as `prepare` does."""
         ticket = request if isinstance(request, Ticket) else self.prepare(request)
         self._refuse_if_over()
-        if not self._live:
-            self._last_progress = self._clock()
+        self._note_work()
         arrival_number = next(self._arrivals)
         self._tickets[ticket.request_id] = ticket
         for seq in ticket.sequences:
@@ -129,6 +128,13 @@ class Engine:
         self._tell("on_request", ticket)
         self.wake()
         return ticket
+
+    def grant(self, request_id: int, num_output: int) -> None:
+        """Let a PacedRequest go on until it has generated `num_output` tokens in all. Unknown or ended ids are fine."""
+        ticket = self._tickets.get(request_id)
+        if ticket is not None:
+            self._note_work()
+            self.scheduler.grant(ticket.sequences[0], num_output)
 
     def abort(self, request_id: int) -> None:
         """End a request now; its blocks are free on return. Unknown or finished ids are fine.
@@ -155,7 +161,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._live or self._out)
+        """Would a step do or return anything? False also while all that lives rests, for want of a grant."""
+        return self.scheduler.has_work or bool(self._out)
 
     # ------------------------------------------------------------------------------------ a step
 
@@ -341,7 +348,7 @@ class Engine:
         log.error("a step was interrupted in its bookkeeping; every live request fails")
         old, self.scheduler = self.scheduler, self._new_scheduler()
         self.scheduler.num_preemptions, self.scheduler.num_cached_tokens = old.num_preemptions, old.num_cached_tokens
-        for seq in old.running:
+        for seq in (*old.running, *old.resting.values()):
             if seq.lane is not None:
                 self._on_release(seq.seq_id, seq.lane)
                 seq.lane = None
@@ -372,7 +379,7 @@ class Engine:
 
     def health(self) -> Health:
         """From any thread, also while a step hangs."""
-        waited = self._clock() - self._last_progress if self._live else None
+        waited = self._clock() - self._last_progress if self.scheduler.has_work else None
         over = "the engine is closed" if self._is_closed else self._dead
         stalled = None
         if waited is not None and waited > self.stall_seconds:
@@ -386,7 +393,23 @@ class Engine:
             seconds_without_progress=waited,
         )
 
+    def kv_blocks(self) -> KvBlocks | None:
+        """From any thread; None unless the runner's KV is paged."""
+        manager = self.scheduler.manager
+        if manager is None:
+            return None
+        return KvBlocks(manager.num_blocks, manager.num_used, manager.num_shared, manager.num_cached)
+
+    def observe(self, observer: Any) -> None:
+        """Tell one more observer, from the next event on. From any thread."""
+        self._observers.append(observer)
+
     # ----------------------------------------------------------------------------------- details
+
+    def _note_work(self) -> None:
+        """Work comes: to an idle engine it is as if a step had just been completed."""
+        if not self.scheduler.has_work:
+            self._last_progress = self._clock()
 
     def _refuse_if_over(self) -> None:
         if self._is_closed:

@@ -3,6 +3,7 @@
     NanoVLLMError                  everything below; `str(e)` is one sentence, `.hint` the next command
     ├── ConfigError                a configuration value, its origin, and what is allowed       (exit 2)
     ├── RequestError               a request refused at the door, with the numbers              (exit 2)
+    │   └── PromptTooLong          its prompt leaves no room for an answer
     ├── PluginError                a plugin that is missing, clashes, is broken or out of date  (exit 3)
     ├── ModelError                 a model directory that cannot be used                        (exit 4)
     │   └── UnsupportedModelError  an architecture or a value that is not implemented
@@ -20,6 +21,16 @@ caller's mistake and no state has changed when it is raised.
 from __future__ import annotations
 
 from typing import Any
+
+
+def without_secrets(text: str) -> str:
+    """For what shows a value: `http://user:password@host/?key=1` becomes `http://***@host/?***`."""
+    scheme, mark, rest = text.partition("://")
+    if not mark:
+        return text
+    _, at, address = rest.rpartition("@")
+    address, query, _ = address.partition("?")
+    return f"{scheme}://{'***@' if at else ''}{address}{'?***' if query else ''}"
 
 
 class NanoVLLMError(Exception):
@@ -42,6 +53,10 @@ class ConfigError(NanoVLLMError):
 
 class RequestError(NanoVLLMError, ValueError):
     exit_code = 2
+
+
+class PromptTooLong(RequestError):
+    pass
 
 
 class PluginError(NanoVLLMError):

@@ -17,8 +17,8 @@ import numpy as np
 
 from .batch import Remote, RunnerInfo, Sampling
 from .blocks import salt_bytes
-from .errors import ConfigError, RequestError
-from .request import Completion, Output, Request, SamplingParams
+from .errors import ConfigError, PromptTooLong, RequestError
+from .request import Completion, Output, PacedRequest, Request, SamplingParams
 from .sequence import Sequence
 from .stats import Phase
 from .tokenizer import Tokenizer, TokenStream
@@ -115,7 +115,8 @@ class Intake:
                     raise RequestError(
                         f"{what} holds the token id {wrong}, but the model's vocabulary has {info.vocab_size} entries"
                     )
-        self._check_length(len(ids), params)
+        num_prompt = request.num_prompt if isinstance(request, PacedRequest) else len(ids)
+        self._check_length(len(ids), num_prompt, params)
         tokenize = Phase("tokenize", started, self._clock() - started, len(ids))
         ticket = Ticket(next(self._request_ids), request, tuple(ids), tokenize)
         ticket.sequences = self._sequences(ticket, started)
@@ -141,38 +142,41 @@ class Intake:
         elif is_array and prompt.ndim == 1 and prompt.dtype.kind in "iu":
             ids = prompt.tolist()
         elif isinstance(prompt, (list, tuple)):
-            for i, token in enumerate(prompt):
-                if type(token) is not int and not isinstance(token, np.integer):
-                    raise RequestError(
-                        f"a prompt of token ids holds whole numbers only; prompt[{i}] is a {type(token).__name__}"
-                    )
+            if set(map(type, prompt)) != {int}:  # the long way says where, and takes NumPy's integers
+                for i, token in enumerate(prompt):
+                    if type(token) is not int and not isinstance(token, np.integer):
+                        raise RequestError(
+                            f"a prompt of token ids holds whole numbers only; prompt[{i}] is a {type(token).__name__}"
+                        )
             ids = [int(t) for t in prompt]
         else:
             raise RequestError(f"a prompt is text, token ids or chat messages, not {type(prompt).__name__}")
         if not ids:
             raise RequestError("the prompt has no tokens", hint="give it at least one character or token")
-        if (wrong := next((i for i, token in enumerate(ids) if not 0 <= token < 2**31), None)) is not None:
+        if not (min(ids) >= 0 and max(ids) < 2**31):
+            wrong = next(i for i, token in enumerate(ids) if not 0 <= token < 2**31)
             raise RequestError(f"prompt[{wrong}] is negative or at least 2**31, so it is no vocabulary's token id")
         return ids
 
-    def _check_length(self, num_prompt: int, params: SamplingParams) -> None:
+    def _check_length(self, num_tokens: int, num_prompt: int, params: SamplingParams) -> None:
         limits, model_len = self.limits, self.info.max_model_len
-        if num_prompt >= model_len:
-            raise RequestError(
-                f"the prompt has {num_prompt} tokens, but the model's length is {model_len}, "
+        if num_tokens >= model_len:
+            raise PromptTooLong(
+                f"the prompt has {num_tokens} tokens, but the model's length is {model_len}, "
                 "which must also hold the answer",
                 hint="shorten the prompt",
             )
-        if num_prompt >= limits.max_len:
-            raise RequestError(
-                f"the prompt has {num_prompt} tokens, but the whole KV cache holds {limits.max_len - 1}",
+        if num_tokens >= limits.max_len:
+            raise PromptTooLong(
+                f"the prompt has {num_tokens} tokens, but the whole KV cache holds {limits.max_len - 1}",
                 hint="shorten the prompt or raise cache.memory",
             )
         if not self.info.can_chunk and not isinstance(self.info.kv, Remote):
-            longest = num_prompt
+            longest = num_tokens
             if limits.is_preemptible:  # with all it has generated, it must fit one step again
                 room = limits.max_len - num_prompt
-                longest += (room if params.max_tokens is None else min(room, params.max_tokens)) - 1
+                answer = room if params.max_tokens is None else min(room, params.max_tokens)
+                longest = max(longest, num_prompt + answer - 1)
             if longest > limits.max_num_batched_tokens:
                 raise RequestError(
                     f"this runner computes a prompt in one step, and {longest} tokens do not fit "
@@ -182,7 +186,8 @@ class Intake:
 
     def _sequences(self, ticket: Ticket, arrival: float) -> list[Sequence]:
         request, params, limits = ticket.request, ticket.request.params, self.limits
-        eos_ids = () if params.ignore_eos else self.eos_ids
+        paced = request if isinstance(request, PacedRequest) else None
+        eos_ids = () if params.ignore_eos else self.eos_ids if paced is None else paced.eos_ids
         stop_ids = frozenset(eos_ids).union(params.stop_token_ids)
         is_greedy = params.temperature == 0 and params.changed().isdisjoint(_NOT_PLAIN)
         salt: bytes | None = None
@@ -193,26 +198,30 @@ class Intake:
             salt = salt_bytes("siblings", str(ticket.request_id))
         seed = secrets.randbits(64) if params.seed is None else params.seed
         prompt = np.array(ticket.prompt_ids, np.int32)
+        token_bytes = _no_bytes if self.tokenizer is None or paced is not None else self.tokenizer.token_bytes
         sequences: list[Sequence] = []
-        for index in range(request.n):
+        for index in range(request.n) if paced is None else (paced.completion_index,):
             sequences.append(
                 Sequence(
                     next(self._seq_ids),
                     ticket.request_id,
                     prompt,
                     Sampling(params, eos_ids, stop_ids, seed, index, is_greedy),
-                    TokenStream(_no_bytes if self.tokenizer is None else self.tokenizer.token_bytes),
+                    TokenStream(token_bytes),
                     order=(request.priority, 0, index),  # the engine fills in the arrival number
                     max_len=limits.max_len,
+                    num_prompt=None if paced is None else paced.num_prompt,
+                    granted=None if paced is None else 0,
                     cache_salt=salt,
                     arrival=arrival,
-                    leader=sequences[0] if index and salt is not None else None,
+                    leader=sequences[0] if sequences and salt is not None else None,
                     prompt=request.prompt if self.info.tokenizes else None,
+                    salt=request.cache_salt,
                 )
             )
         return sequences
 
 
 def _no_bytes(token_id: int) -> bytes:
-    """For runners that return text themselves."""
+    """For runners that return text themselves, and for callers that do."""
     return b""

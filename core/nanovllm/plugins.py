@@ -45,6 +45,7 @@ _OFFICIAL = {
     ("commands", "export"): "nanovllm-models",
     ("commands", "inspect"): "nanovllm-models",
     ("commands", "pull"): "nanovllm-models",
+    ("commands", "runner-serve"): "nanovllm[server]",
     ("commands", "serve"): "nanovllm[server]",
     ("exporters", "onnx"): "nanovllm[onnx]",
     ("exporters", "pt2"): "nanovllm[torch]",

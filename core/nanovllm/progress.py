@@ -1,8 +1,8 @@
-"""The progress bar of a `generate` call, on a terminal's stderr and nowhere else.
+"""The progress bar of a `generate` call, and a line while something is waited for: on a terminal's stderr only.
 
     Generating [Prefill: 89tok/s, Decode: 23tok/s] 100% [====] (1/1, 1.2 it/s)
 
-It counts requests. This file knows no engine; rich is imported only where a bar is drawn.
+The bar counts requests. This file knows no engine; rich is imported only where something is drawn.
 """
 
 from __future__ import annotations
@@ -48,6 +48,38 @@ class Progress:
     ) -> None:
         if self.is_enabled:
             self._bar.stop()
+
+
+class Waiting:
+    """A context manager: one line that can be changed, and is gone at the end."""
+
+    def __init__(self, text: str, stream: TextIO | None = None) -> None:
+        self._text = text
+        self._stream = sys.stderr if stream is None else stream
+        self._is_enabled = self._stream.isatty()
+
+    def __enter__(self) -> Waiting:
+        if self._is_enabled:
+            from rich.console import Console
+            from rich.status import Status
+
+            console = Console(file=self._stream, force_terminal=True, highlight=False, soft_wrap=True)
+            self._status = Status("", console=console)
+            self.update(self._text)
+            self._status.start()
+        return self
+
+    def update(self, text: str) -> None:
+        if self._is_enabled:
+            from rich.text import Text
+
+            self._status.update(Text(text, no_wrap=True, overflow="ellipsis"))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._is_enabled:
+            self._status.stop()
 
 
 def bar_line(finished: int, total: int, seconds: float, rates: tuple[float, float], columns: int) -> str:

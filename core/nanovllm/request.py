@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 from .batch import TokenLogprob
-from .errors import RequestError
+from .errors import RequestError, without_secrets
 
 Message: TypeAlias = Mapping[str, str]  # {"role": ..., "content": ...}
 Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message]"
@@ -125,6 +125,27 @@ class Request:
             raise RequestError(f"cache_salt must be a text of 1 to {MAX_SALT_CHARS} characters")
         if self.cache_salt is not None and _has_surrogate(self.cache_salt):
             raise RequestError("cache_salt contains a lone surrogate, which no text encoding can carry")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PacedRequest(Request):
+    """One sequence that its caller leads: it gets no further than `Engine.grant` lets it, and rests in between.
+
+    `prompt` is token ids: the prompt, and behind it what was generated before, here or elsewhere. What is drawn next
+    is what it would be without the interruption. The caller turns tokens into text and looks for stop strings.
+    """
+
+    num_prompt: int  # prompt[:num_prompt] is the prompt
+    completion_index: int = 0  # which completion of the caller's request
+    eos_ids: tuple[int, ...] = ()  # the caller's end-of-sequence ids, in place of the engine's
+
+    def __post_init__(self) -> None:
+        Request.__post_init__(self)  # a class with slots has no zero-argument super()
+        _integer("num_prompt", self.num_prompt, 1, len(self.prompt))
+        _integer("completion_index", self.completion_index, 0, 2**32 - 1)
+        object.__setattr__(self, "eos_ids", _ids("eos_ids", self.eos_ids, MAX_STOP_TOKEN_IDS))
+        if self.n != 1 or self.params.stop or isinstance(self.prompt, str):
+            raise RequestError("a paced request is one sequence of token ids without stop strings")
 
 
 class RequestOptions(TypedDict, total=False):
@@ -292,9 +313,9 @@ def _has_surrogate(text: str) -> bool:
 
 
 def show(value: object) -> str:
-    """A short repr for error messages: 10**18 and long texts stay readable."""
+    """A short repr for error messages: 10**18 and long texts stay readable, secrets in an address do not."""
     try:
-        text = repr(value)
+        text = without_secrets(repr(value))
     except Exception:  # an int too long to print, or nested too deeply; a foreign __repr__ may raise anything
         text = f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -9,6 +9,10 @@ Bounds that the tests hold it to: a sequence gets the blocks for its whole conte
 and cannot be preempted before it has gained a token, so every preemption is paid for by at least one
 token; and any admitted sequence fits the pool alone, so the first in order always moves.
 
+A paced sequence that has generated all that was granted rests. It is in nobody's way: it keeps its lane and
+blocks only until another sequence wants them, the one that has rested longest gives up first, and none is
+preempted while one that rests holds anything.
+
 Knows no runner, no tokenizer and no text.
 """
 
@@ -64,7 +68,8 @@ class Scheduler:
             self.max_len = min(self.max_len, kv.max_len + 1)
         self.can_share = prefix_caching and info.can_resume_prefix and self.manager is not None
         self.waiting: list[Sequence] = []  # by order
-        self.running: list[Sequence] = []  # by order; exactly those that hold a lane
+        self.running: list[Sequence] = []  # by order; each holds a lane
+        self.resting: dict[int, Sequence] = {}  # by seq_id, longest first; some still hold a lane
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # prompt tokens taken from the prefix cache
         self._lanes = list(range(self.max_num_seqs))  # heap of free ones
@@ -77,16 +82,28 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def add(self, seq: Sequence) -> None:
-        insort(self.waiting, seq, key=_order)
+        if seq.rests:
+            self.resting[seq.seq_id] = seq
+        else:
+            insort(self.waiting, seq, key=_order)
+
+    def grant(self, seq: Sequence, num_output: int) -> None:
+        """Let a paced sequence go on until it has generated `num_output` tokens in all."""
+        assert seq.granted is not None, "only a paced sequence is granted tokens"
+        seq.granted = max(seq.granted, num_output)
+        if not seq.rests and self.resting.pop(seq.seq_id, None) is not None:
+            insort(self.waiting if seq.lane is None else self.running, seq, key=_order)
 
     def remove(self, seq: Sequence, *, suspect: bool = False) -> None:
         """Forget a sequence, wherever it is. `suspect`: its KV may be wrong, so nobody may share it."""
         if seq.lane is None:
-            if seq in self.waiting:
+            if self.resting.pop(seq.seq_id, None) is None and seq in self.waiting:
                 self.waiting.remove(seq)
             return
         if suspect and self.manager is not None:
             self.manager.unseal(seq.blocks)
+        if self.resting.pop(seq.seq_id, None) is None:
+            self.running.remove(seq)
         self._release(seq)
 
     # ------------------------------------------------------------------------------------ a step
@@ -112,6 +129,9 @@ class Scheduler:
                 self._seal(seq)
             if seq.finish is not None:
                 self.remove(seq, suspect=seq.finish is Finish.ERROR)
+            elif seq.rests:
+                self.running.remove(seq)
+                self.resting[seq.seq_id] = seq
 
     def rollback(self) -> list[Sequence]:
         """The step failed: nothing was computed. Returns the sequences it was for."""
@@ -143,7 +163,7 @@ class Scheduler:
         # 3. Admissions, strictly in order: a large request at the head is not overtaken for ever.
         admitted: list[Sequence] = []
         for seq in self.waiting:
-            if budget <= 0 or rows <= 0 or not self._lanes:
+            if budget <= 0 or rows <= 0:
                 break
             if seq.awaits_leader:
                 continue
@@ -192,12 +212,15 @@ class Scheduler:
             _NO_BLOCKS if self._rows is None else self._rows[lane, : -(-stop // self.block_size)],
             seq.sampling,
             seq.prompt,  # type: ignore[arg-type]
+            seq.salt,
         )
 
     # ------------------------------------------------------------------------- lanes and blocks
 
     def _admit(self, seq: Sequence, budget: int) -> bool:
         """Give a waiting sequence its lane and the blocks for its whole context, or change nothing."""
+        if not self._lanes and not self._displace():
+            return False
         cached: list[int] = []
         if self.manager is not None:
             if seq.cache_salt is not None and seq.num_unscored <= 0:
@@ -209,11 +232,12 @@ class Scheduler:
             need = self.manager.blocks_for(seq.num_tokens) - len(cached)
             # One that was preempted comes back only when the others could all grow once more.
             spare = len(self.running) if seq.num_preemptions else 0
-            if spare and need + len(cached) + spare > self.manager.num_free:
-                return False
-            blocks = self.manager.take(cached, need)
-            if blocks is None:
-                return False
+            blocks = None
+            while blocks is None:
+                if not spare or need + len(cached) + spare <= self.manager.num_free:
+                    blocks = self.manager.take(cached, need)
+                if blocks is None and not self._displace():
+                    return False
             seq.blocks = blocks
         elif not self.can_chunk and seq.num_tokens > budget:
             return False
@@ -231,12 +255,13 @@ class Scheduler:
         return True
 
     def _admit_remote(self, now: float) -> None:
-        while self.waiting and self._lanes:
+        while self.waiting and (self._lanes or self._displace()):
             seq = self.waiting.pop(0)
             seq.lane = heapq.heappop(self._lanes)
             seq.seal_at = _NEVER
             seq.admitted_at = seq.num_tokens
-            seq.first_scheduled = now
+            if seq.first_scheduled is None:
+                seq.first_scheduled = now
             insort(self.running, seq, key=_order)
         self._picked = [(seq, seq.num_tokens) for seq in self.running]
 
@@ -245,6 +270,8 @@ class Scheduler:
         if self.manager is None or seq.num_tokens <= len(seq.blocks) * self.block_size:
             return True
         while (block := self.manager.take((), 1)) is None:
+            if self._displace():
+                continue
             # A protected one holds all it needs, so `seq`, which needs more, is itself a candidate.
             victim = next(s for s in reversed(self.running) if not s.is_protected)
             self._preempt(victim)
@@ -255,16 +282,28 @@ class Scheduler:
         seq.blocks += block
         return True
 
-    def _preempt(self, seq: Sequence) -> None:
+    def _displace(self) -> bool:
+        """Free what the sequence holds that has rested longest; False if none that rests holds anything."""
+        seq = next((s for s in self.resting.values() if s.lane is not None), None)
+        if seq is None:
+            return False
         self._release(seq)
+        self._count_preemption(seq)
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._release(seq)
+        self._count_preemption(seq)
+        insort(self.waiting, seq, key=_order)
+
+    def _count_preemption(self, seq: Sequence) -> None:
         seq.num_preemptions += 1
         self.num_preemptions += 1
-        insort(self.waiting, seq, key=_order)
 
     def _release(self, seq: Sequence) -> None:
         lane = seq.lane
-        assert lane is not None, "only running sequences hold a lane"
-        self.running.remove(seq)
+        assert lane is not None, "a sequence without a lane holds nothing"
         if self.manager is not None:
             self.manager.release(seq.blocks)
             assert self._table is not None, "paged KV has a table"
@@ -288,18 +327,20 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise AssertionError unless lanes, blocks and tables are exactly accounted for."""
-        lanes = [s.lane for s in self.running]
-        held = [lane for lane in lanes if lane is not None]
-        assert len(held) == len(lanes), "a running sequence has no lane"
+        holders = [*self.running, *(s for s in self.resting.values() if s.lane is not None)]
+        held = [s.lane for s in holders if s.lane is not None]
+        assert len(held) == len(holders), "a running sequence has no lane"
         assert sorted(held + self._lanes) == list(range(self.max_num_seqs)), "lanes lost or held twice"
         assert all(s.lane is None and not s.blocks for s in self.waiting), "a waiting sequence holds resources"
+        assert all(s.rests for s in self.resting.values()), "a sequence rests that has more to do"
+        assert not any(s.rests for s in (*self.running, *self.waiting)), "a sequence goes beyond what was granted"
         for queue in (self.running, self.waiting):
             assert [s.order for s in queue] == sorted(s.order for s in queue), "a queue is out of order"
         if self.manager is None:
             return
-        self.manager.check([s.blocks for s in self.running])
+        self.manager.check([s.blocks for s in holders])
         assert self._table is not None, "paged KV has a table"
-        for s in self.running:
+        for s in holders:
             row = self._table[s.lane]
             assert row[: len(s.blocks)].tolist() == s.blocks, f"table row of lane {s.lane} is not its blocks"
             assert (row[len(s.blocks) :] == -1).all(), f"table row of lane {s.lane} has a stale block"

@@ -90,24 +90,24 @@ def markdown() -> str:
 def _markdown(schema: Schema) -> Iterator[str]:
     properties = schema["properties"]
     sections = {k: schema["$defs"][p["$ref"].rpartition("/")[2]] for k, p in properties.items() if "$ref" in p}
-    yield from _table({k: p for k, p in properties.items() if k not in sections and k not in sources.PLUGIN_SECTIONS})
+    yield from table({k: p for k, p in properties.items() if k not in sections and k not in sources.PLUGIN_SECTIONS})
     for section in sources.PLUGIN_SECTIONS:
         plugin_section = properties[section]
         yield from ("", f"### `{section}`", "", plugin_section["description"], "")
         variants = plugin_section["anyOf"][1]["then"]["oneOf"]
         common = plugin_section["anyOf"][1]["properties"]
-        yield from _table(common)
+        yield from table(common)
         for variant in variants:
             own = {k: p for k, p in variant["properties"].items() if k not in COMMON_KEYS[section]}
             if own:
                 yield from ("", f"Keys of `{variant['title']}`:", "")
-                yield from _table(own)
+                yield from table(own)
     for name, section in sections.items():
         yield from ("", f"### `{name}`", "", section["description"], "")
-        yield from _table(section["properties"])
+        yield from table(section["properties"])
 
 
-def _table(properties: dict[str, Schema]) -> Iterator[str]:
+def table(properties: dict[str, Schema]) -> Iterator[str]:
     yield "| key | value | default | meaning |"
     yield "|---|---|---|---|"
     for key, p in properties.items():

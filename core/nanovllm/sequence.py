@@ -17,11 +17,11 @@ from .tokenizer import StopMatcher, TokenStream
 
 class Sequence:
     __slots__ = (
-        "admitted_at", "arrival", "blocks", "buffer", "cache_salt", "finish", "first_scheduled",
-        "first_token", "index", "lane", "last_token", "leader", "logprobs", "matcher", "max_len", "num_cached",
+        "admitted_at", "arrival", "blocks", "buffer", "cache_salt", "finish", "first_scheduled", "first_token",
+        "granted", "index", "lane", "last_token", "leader", "logprobs", "matcher", "max_len", "num_cached",
         "num_computed", "num_preemptions", "num_prompt", "num_tokens", "order", "prompt", "prompt_logprobs",
-        "request_id", "sampling", "scores_prompt", "seal", "seal_at", "seq_id", "stop_reason",
-        "stream", "text", "view",
+        "request_id", "salt", "sampling", "scores_prompt", "seal", "seal_at", "seq_id", "stop_reason", "stream",
+        "text", "view",
     )  # fmt: skip
 
     def __init__(
@@ -34,10 +34,13 @@ class Sequence:
         *,
         order: tuple[int, int, int],
         max_len: int,
+        num_prompt: int | None = None,
+        granted: int | None = None,
         cache_salt: bytes | None,
         arrival: float,
         leader: Sequence | None = None,
         prompt: object = None,
+        salt: str | None = None,
     ) -> None:
         self.seq_id = seq_id
         self.request_id = request_id
@@ -48,12 +51,17 @@ class Sequence:
         self.cache_salt = cache_salt  # root of the prefix chain; None = share nothing
         self.leader = leader  # the sibling whose prompt this one waits for
         self.prompt = prompt  # as given, for runners that tokenize
+        self.salt = salt  # as given, for runners whose cache is elsewhere
 
         # Tokens: buffer[:num_tokens]; `view` is the same memory, read-only.
-        self.num_prompt = self.num_tokens = len(prompt_ids)
-        self.buffer = np.empty(self.num_prompt + 64, np.int32)
-        self.buffer[: self.num_prompt] = prompt_ids
+        self.num_tokens = len(prompt_ids)
+        self.num_prompt = self.num_tokens if num_prompt is None else num_prompt  # fewer: it goes on with an answer
+        self.buffer = np.empty(self.num_tokens + 64, np.int32)
+        self.buffer[: self.num_tokens] = prompt_ids
         self.view = _read_only(self.buffer)
+
+        # Output tokens that its caller has granted so far; None = it runs freely. Only `Scheduler.grant` writes it.
+        self.granted = granted
 
         # KV state: [0, num_computed) is valid; only the scheduler writes these.
         self.num_computed = 0
@@ -68,7 +76,11 @@ class Sequence:
         self.matcher = StopMatcher(tuple(sampling.params.stop)) if sampling.params.stop else None
         self.text: list[str] = []
         self.logprobs: list[TokenLogprob] | None = None if sampling.params.logprobs is None else []
-        self.scores_prompt = sampling.params.prompt_logprobs is not None and sampling.completion_index == 0
+        self.scores_prompt = (
+            sampling.params.prompt_logprobs is not None
+            and sampling.completion_index == 0
+            and self.num_tokens == self.num_prompt
+        )
         self.prompt_logprobs: list[TokenLogprob] = []  # of prompt tokens 1, 2, ...
         self.finish: Finish | None = None
         self.stop_reason: str | int | None = None
@@ -97,6 +109,11 @@ class Sequence:
     def is_protected(self) -> bool:
         """Since its last admission it has gained no token: preempting it now would be work for nothing."""
         return self.num_tokens == self.admitted_at
+
+    @property
+    def rests(self) -> bool:
+        """Has it generated all that its caller granted?"""
+        return self.granted is not None and self.num_output >= self.granted
 
     @property
     def awaits_leader(self) -> bool:

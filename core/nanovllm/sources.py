@@ -48,6 +48,8 @@ RUNNER_ALIASES: Mapping[str, str] = {"purego": "onnx", "pytorch": "torch"}
 ENVIRONMENT_ALIASES: Mapping[str, str] = {"MODEL_PATH": "model", "TOKENIZER_PATH": "tokenizer.path"}
 
 ENVIRONMENT_PREFIX = "NANOVLLM_"
+# Variables with our prefix that are no configuration: secrets, which nothing here may show.
+_SECRETS = frozenset({"NANOVLLM_API_KEY"})
 
 # Keys whose values are text, so that `--set model=123` stays a text.
 _TEXT_KEYS = {("model",), ("profile",), ("tokenizer", "path")}
@@ -103,15 +105,15 @@ def from_yaml(path: Path) -> tuple[Values, dict[str, Values]]:
     }
 
 
-def from_environment(environ: Mapping[str, str]) -> Values:
-    """NANOVLLM_RUNNER__TYPE=mock and the two aliases; an empty variable counts as not set."""
+def from_environment(environ: Mapping[str, str], aliases: Mapping[str, str] = ENVIRONMENT_ALIASES) -> Values:
+    """NANOVLLM_RUNNER__TYPE=mock and the aliases; an empty variable counts as not set."""
     values: Values = {}
     # The aliases first: a variable with our own prefix wins.
-    names = [n for n in ENVIRONMENT_ALIASES if n in environ]
-    names += sorted(n for n in environ if n.upper().startswith(ENVIRONMENT_PREFIX))
+    names = [n for n in aliases if n in environ]
+    names += sorted(n for n in environ if n.upper().startswith(ENVIRONMENT_PREFIX) and n.upper() not in _SECRETS)
     for name in names:
         if environ[name]:
-            key = ENVIRONMENT_ALIASES.get(name) or name[len(ENVIRONMENT_PREFIX) :].lower().replace("__", ".")
+            key = aliases.get(name) or name[len(ENVIRONMENT_PREFIX) :].lower().replace("__", ".")
             values.update(_from_text(key, environ[name], f"environment variable {name}"))
     return values
 

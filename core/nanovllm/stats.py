@@ -107,6 +107,15 @@ class EngineStats:
         return self.num_decode_tokens / self.decode_seconds if self.decode_seconds > 0 else None
 
 
+class KvBlocks(NamedTuple):
+    """The pool now. used + free = total; of the used ones some are shared, of the free ones some still cached."""
+
+    total: int
+    used: int  # owned by at least one sequence
+    shared: int  # owned by more than one
+    cached: int  # free, and the next prompt with the same beginning still finds them
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
     """May traffic be sent here? `reason` says why not."""

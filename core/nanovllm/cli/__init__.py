@@ -32,6 +32,8 @@ _PLUGIN_HELP = {
     "export": "Write a model in another format.",
     "inspect": "Describe a model.",
     "pull": "Download a model.",
+    "runner-serve": "Serve a runner to other nanovllms.",
+    "serve": "Serve a model over HTTP, with OpenAI's API and a page to look at.",
 }
 
 _EPILOG = """\b

@@ -144,7 +144,8 @@ def _print_answers(
         echo(f"Answer: {output.text.strip()}")
         if output.error is not None:
             echo(f"Error: {output.error}")
-        echo(f"Tokens: {len(output.token_ids)}")
+        if output.token_ids or not output.text:  # a server that sends text only does not say
+            echo(f"Tokens: {len(output.token_ids)}")
     prefill, decode = (
         "-" if rate is None else f"{rate:.0f}"
         for rate in (speed["prefill_tokens_per_second"], speed["decode_tokens_per_second"])

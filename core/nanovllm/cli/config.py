@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from ..config import Loaded
 
 
+_SECRET_NAMES = ("api_key", "key", "password", "secret", "token")  # which no option of ours has
+
+
 @click.group()
 def config() -> None:
     """Show, check and describe the configuration."""
@@ -41,7 +44,20 @@ def _flat(loaded: Loaded) -> list[tuple[str, Any, str]]:
     """(dotted key, value, origin) of everything; a plugin's own keys only where they were given."""
     from ..config import leaves
 
-    return [(key, value, loaded.origins.get(key, "default")) for key, value in leaves(loaded.config)]
+    return [(key, _shown(key, value), loaded.origins.get(key, "default")) for key, value in leaves(loaded.config)]
+
+
+def _shown(key: str, value: Any) -> Any:
+    """Without what looks like a secret; the options of a plugin are not checked here, so it may be in a wrong place."""
+    from ..errors import without_secrets
+
+    if isinstance(value, list):
+        return [_shown(key, item) for item in value]
+    if not isinstance(value, str):
+        return value
+    name = key.rpartition(".")[2]
+    is_secret = name in _SECRET_NAMES or (name.endswith("_env") and not value.isidentifier())
+    return "***" if is_secret else without_secrets(value)
 
 
 @config.command()

@@ -54,8 +54,11 @@ class EngineCommand(click.Command):
         return super().parse_args(ctx, [_GO_FLAGS.get(a, a) for a in args[:end]] + args[end:])
 
 
-def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options that choose model and plugins; the command gets `loaded`, the checked configuration."""
+def engine_options(command: Callable[..., Any], environment: Callable[[], dict[str, Any]] = dict) -> Callable[..., Any]:
+    """Adds the options that choose model and plugins; the command gets `loaded`, the checked configuration.
+
+    `environment` is asked for `load`'s `environ` and `environ_aliases` where they are not the usual ones.
+    """
 
     @functools.wraps(command)
     def wrapper(
@@ -66,7 +69,8 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
         flags = {"profile": profile, "model": model, "runner": runner, "tokenizer": tokenizer}
         given = {key: value for key, value in flags.items() if value is not None}
-        return command(loaded=load(config_file, sets=sets, overrides=given, override_origin="command line"), **rest)
+        loaded = load(config_file, sets=sets, overrides=given, override_origin="command line", **environment())
+        return command(loaded=loaded, **rest)
 
     return _with(_ENGINE, wrapper)
 
