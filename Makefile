@@ -1,9 +1,9 @@
 # Every target makes the environment that it needs when it is missing or a dependency changed. `make help` lists them.
 
-# The interpreter that makes .venv (3.10 or newer), and options for pytest.
+# The interpreter that makes .venv (3.10 or newer), and options for pytest or the server.
 PYTHON ?= python3
 ARGS ?=
-# The runner of `make demo` and `make onefile`: numpy, or onnx, which gets an environment of its own.
+# The runner of `make demo`, `make serve-demo` and `make onefile`: numpy, or onnx, which gets an environment of its own.
 RUNNER ?= numpy
 
 VENV := $(if $(filter onnx,$(RUNNER)),.venv-onnx,.venv)
@@ -11,15 +11,17 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check
 NANOVLLM := $(VENV)/bin/nanovllm
 
-# What the demo needs, and all.
+# What the demo needs, what serving it needs, and all.
 LIGHT_PLUGINS := plugins/models plugins/runner_$(RUNNER) plugins/tokenizers
-PLUGINS := plugins/models plugins/runner_numpy plugins/runner_onnx plugins/runner_torch plugins/tokenizers
+SERVER_PLUGINS := $(LIGHT_PLUGINS) plugins/runner_http plugins/server
+PLUGINS := plugins/models plugins/runner_http plugins/runner_numpy plugins/runner_onnx plugins/runner_torch plugins/server plugins/tokenizers
 PROJECTS := pyproject.toml $(PLUGINS:%=%/pyproject.toml)
-# Two stamps in .venv: the packages with what they need to run, and these with all that tests and checks need.
+# Three stamps in .venv: the packages with what they need to run, the server besides, and all with what tests and checks need.
 LIGHT := $(VENV)/light.stamp
+SERVER := $(VENV)/server.stamp
 DEV := $(VENV)/dev.stamp
 
-.PHONY: help all demo simple-demo ask test test-slow check lint vet fmt bench build onefile clean
+.PHONY: help all demo serve-demo simple-demo ask test test-slow check lint vet fmt browser bench build onefile clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -32,6 +34,9 @@ demo: $(LIGHT)  ## ask the embedded model for eight capitals, and two questions 
 	@$(NANOVLLM) demo capitals --runner $(RUNNER)
 	@echo
 	@$(NANOVLLM) ask --runner $(RUNNER) "What is the capital of Portugal?" "Which country has Rome as its capital?"
+
+serve-demo: $(SERVER)  ## serve the embedded model with OpenAI's API and a page, at http://127.0.0.1:8000; Ctrl-C ends it
+	@$(NANOVLLM) serve --runner $(RUNNER) --set server.log_format=text $(ARGS)
 
 simple-demo: $(LIGHT)  ## the engine without a model: the built-in mock runner and tokenizer
 	@$(NANOVLLM) ask --runner mock --max-tokens 12 "hello world" "what can you do"
@@ -58,6 +63,10 @@ fmt: $(DEV)  ## format the code and mend what ruff can mend
 	$(RUN) -m ruff check --fix-only .
 	$(RUN) -m ruff format .
 
+browser:  ## Debian's Chromium and its driver, without which the tests of the page are skipped
+	@command -v chromium > /dev/null && command -v chromedriver > /dev/null \
+		|| (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver)
+
 bench: $(DEV)  ## run the benchmarks and print their ratios
 	@for script in benchmarks/*.py; do echo "== $$script"; $(RUN) $$script || exit 1; done
 
@@ -83,6 +92,10 @@ $(LIGHT): $(PROJECTS) | $(RUN)
 	$(PIP) install -e '.[$(RUNNER)]' $(LIGHT_PLUGINS:%=-e %)
 	@touch $@
 
+$(SERVER): $(PROJECTS) | $(RUN)
+	$(PIP) install -e '.[$(RUNNER),server]' $(SERVER_PLUGINS:%=-e %)
+	@touch $(LIGHT) $@
+
 $(DEV): $(PROJECTS) requirements-dev.txt constraints.txt | $(RUN)
 	$(PIP) install -r requirements-dev.txt
-	@touch $(LIGHT) $@
+	@touch $(LIGHT) $(SERVER) $@

@@ -1,7 +1,7 @@
 """Check what `make build` made: `python scripts/check_dist.py dist`.
 
-Each distribution has one wheel and one sdist, every file in them belongs to its own package, the licence
-is in each, and the root's carry nothing of plugins/.
+Each distribution has one wheel and one sdist, every file in them belongs to its own package and all of its files are
+in the wheel, the licence is in each, and the root's carry nothing of plugins/.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+REPO = Path(__file__).resolve().parents[1]
 PACKAGES = (
     "nanovllm",
     "nanovllm_models",
+    "nanovllm_runner_http",
     "nanovllm_runner_numpy",
     "nanovllm_runner_onnx",
     "nanovllm_runner_torch",
+    "nanovllm_server",
     "nanovllm_tokenizers",
 )
 SDIST_EXTRAS = {"PKG-INFO", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", ".gitignore"}
@@ -32,6 +35,9 @@ def problems(dist: Path) -> list[str]:
             continue
         with zipfile.ZipFile(wheels[0]) as wheel:
             names = wheel.namelist()
+        project = REPO / "core" if package == "nanovllm" else next(REPO.glob(f"plugins/*/{package}")).parent
+        sources = [p.relative_to(project).as_posix() for p in (project / package).rglob("*") if p.is_file()]
+        found += [f"{wheels[0].name} lacks {n}" for n in sources if "__pycache__" not in n and n not in names]
         strays = [n for n in names if n.split("/")[0] != package and not n.split("/")[0].endswith(".dist-info")]
         found += [f"{wheels[0].name} carries {name}" for name in strays]
         if not any(name.endswith("/LICENSE") for name in names):

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+import nanovllm.plugins
 from nanovllm import __version__, errors, schema
 from nanovllm.cli import _COMMANDS, _PLUGIN_HELP, cli
 from nanovllm.config import Config, leaves, load
@@ -98,11 +99,13 @@ def test_commands_that_clash(install: Install) -> None:
     assert run("hello@acme-a", "you").stdout == "hello you\n"
 
 
-def test_commands_that_are_not_there() -> None:
+def test_commands_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("nope").exit_code == 2
-    result = run("serve")
+    # Each of ours may be installed here.
+    monkeypatch.setitem(nanovllm.plugins._OFFICIAL, ("commands", "levitate"), "nanovllm[levitation]")
+    result = run("levitate")
     assert result.exit_code == 3
-    assert result.stderr.endswith("try: pip install 'nanovllm[server]'\n")
+    assert result.stderr.endswith("try: pip install 'nanovllm[levitation]'\n")
 
 
 # ------------------------------------------------------------------------------------------- errors

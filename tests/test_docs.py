@@ -17,6 +17,8 @@ import contextlib
 import io
 import re
 import shlex
+import signal
+from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +29,7 @@ from click.testing import CliRunner
 from nanovllm.cli import cli
 from support import REPO
 
+SECONDS = 120  # for one example
 PAGES = sorted([*REPO.glob("*.md"), *REPO.glob("docs/**/*.md"), *REPO.glob("plugins/*/README.md")])
 FENCE = re.compile(
     r"(?:<!-- no-run: (?P<reason>.+?) -->\n)?^```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^```$(?P<after>\n*)",
@@ -88,12 +91,32 @@ def test_every_example_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.delenv(variable, raising=False)
     for block in blocks(page):
         where = f"{names(page)}, line {block.line}"
-        if block.language == "python":
-            run_python(block, where)
-        elif block.language in ("console", "bash"):
-            run_console(block, where)
-        elif block.language == "yaml":
-            check_yaml(block, where)
+        with time_limit(where):
+            if block.language == "python":
+                run_python(block, where)
+            elif block.language in ("console", "bash"):
+                run_console(block, where)
+            elif block.language == "yaml":
+                check_yaml(block, where)
+
+
+@contextlib.contextmanager
+def time_limit(where: str) -> Iterator[None]:
+    """An example that waits for ever fails, where the system can interrupt it."""
+
+    def late(number: int, frame: object) -> None:
+        pytest.fail(f"{where} was not done after {SECONDS} s")
+
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def run_python(block: Block, where: str) -> None:
@@ -113,6 +136,7 @@ def run_console(block: Block, where: str) -> None:
             env[name] = value
         if words[:1] != ["nanovllm"]:
             continue
+        assert words[1:2] not in (["serve"], ["runner-serve"]), f"{where}: {command} would never end; mark it no-run"
         result = CliRunner().invoke(cli, words[1:], env=env, prog_name="nanovllm")
         is_refusal = expected.lstrip().startswith("error:")
         assert (result.exit_code != 0) == is_refusal, f"{where}: {command}\n{result.output}\n{result.exception!r}"

@@ -22,12 +22,19 @@ SAYS = {
         "What is the capital of Japan? -> The capital of Japan is Tokyo.",
         "enough of this",
     ],
+    "client_requests": [
+        "The capital of France is Paris.\nLatency: ",
+        "Tokens/sec: ",
+        "The capital of France is Paris.\nTime to first token: ",
+    ],
     "export_onnx": ["model.onnx, model.onnx.data, model_info.json, tokenizer.json", "loaded in", "Lisbon"],
     "from_components": ["'hello world' -> ", "2 prompt tokens came from the prefix cache"],
+    "http_backend": ["Prompt: Hello, world!\nOutput: ", "Prompt: Explain quantum computing.\nOutput: "],
     "nano_vllm_example": ["Prompt: 'introduce yourself'\nCompletion: "],
 }
 BENCHMARKS = {
     "engine_overhead.py --steps 2 --seqs 4 --contexts 20": ["greedy", "sampled"],
+    "http_step.py --steps 5 --rounds 1 --seqs 2": ["1.00 calls per step, 1 connection(s), same tokens: True"],
     "prefix_cache.py --rounds 1": ["992 of them found in the cache"],
     "soak.py --requests 100": ["100 requests", "slope"],
 }

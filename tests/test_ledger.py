@@ -70,6 +70,14 @@ def names_in(file: str) -> frozenset[str]:
     return frozenset(name for name in (*defined, *assigned) if name.lower().startswith("test"))
 
 
+def test_whatever_else_the_ledger_names_exists() -> None:
+    for file, name in re.findall(
+        r"`((?:tests|plugins|docs|examples)/[^`:]+)(?:::([^`]+))?`", LEDGER.read_text("utf-8")
+    ):
+        assert (REPO / file).is_file(), file
+        assert not name or name in names_in(file), f"{file}::{name}"
+
+
 def test_no_row_is_listed_twice() -> None:
     ids = [row.id for row in rows()]
     assert sorted(ids) == sorted(set(ids))

@@ -76,6 +76,7 @@ class NumpyRunner(LogitsRunner):
             "weight_bytes": checkpoint.num_parameters * 4,  # each once, float32
             "kv_bytes": sum(pool.k.nbytes + pool.v.nbytes for pool in self._pools),
             "blocks": num_blocks,
+            "device": "cpu",
             "blas": self._blas.name,
             "threads": self._threads or self._blas.threads,
         }
