@@ -540,8 +540,7 @@ main()
         (
             ["ask", "--runner", "onnx", "hello"],
             3,
-            "error: no runner named 'onnx' is installed (have: http, mock, numpy, torch); "
-            "try: pip install 'nanovllm[onnx]'",
+            "no runner named 'onnx' is installed (have: http, mock, numpy, torch); try: pip install 'nanovllm[onnx]'",
         ),
         (
             ["export", "onnx", "--model", "demo", "--output", "out"],
