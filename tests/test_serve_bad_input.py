@@ -230,7 +230,7 @@ HEADS: dict[str, tuple[bytes, int]] = {
     "10,000 headers": (get("/livez", *["X: y"] * 10_000), 431),
     "a target of 100,000 bytes": (get("/livez?" + "a" * 100_000), 431),
     "a method of 100,000 bytes": (get("/livez", method="G" * 100_000), 431),
-    "a head that never ends": (b"GET /livez HTTP/1.1\r\nX: " + b"a" * 300_000, 400),
+    "a head that never ends": (b"GET /livez HTTP/1.1\r\nX: " + b"a" * 300_000, 431),
     "a header without a colon": (get("/livez", "nonsense"), 400),
     "a header without a name": (get("/livez", ": x"), 400),
     "a space before the colon": (get("/livez", "X : y"), 400),

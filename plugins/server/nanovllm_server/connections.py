@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from .door import head_too_large
 from .errors import ApiError
 
 if TYPE_CHECKING:
@@ -66,10 +68,14 @@ def connections(options: ServerOptions) -> type[asyncio.Protocol]:
             super().connection_lost(exc)
 
         def send_400_response(self, msg: str) -> None:
-            """What is no HTTP."""
-            response = ApiError(400, "this is no HTTP request, or its head is too large").response()
+            """What is no HTTP, or a head that is too large before it has come as a whole. Called where h11 raised."""
+            error = ApiError(400, "this is no HTTP request")
+            is_head = self.cycle is None or self.cycle.response_complete
+            if is_head and getattr(sys.exc_info()[1], "error_status_hint", 400) == 431:
+                error = head_too_large(options)
+            response = error.response()
             head: Any = h11.Response(
-                status_code=400, headers=[*response.raw_headers, (b"connection", b"close")], reason=b"Bad Request"
+                status_code=error.status, headers=[*response.raw_headers, (b"connection", b"close")]
             )
             for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")

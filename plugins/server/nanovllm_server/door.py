@@ -41,7 +41,7 @@ class Door:
         size = len(scope["method"]) + len(scope["raw_path"]) + len(scope["query_string"]) + 13
         size += sum(len(name) + len(value) + 4 for name, value in headers)
         if size > self.options.max_header_bytes:
-            raise ApiError(431, f"a request's head may have {self.options.max_header_bytes} bytes")
+            raise head_too_large(self.options)
         names = [name for name, _ in headers]
         if twice := next((name for name in _ONCE if names.count(name) > 1), None):
             # Somebody in between may have looked at the other one.
@@ -61,3 +61,7 @@ class Door:
             return ipaddress.ip_address(name.removeprefix("[").removesuffix("]")).is_loopback
         except ValueError:
             return False
+
+
+def head_too_large(options: ServerOptions) -> ApiError:
+    return ApiError(431, f"a request's head may have {options.max_header_bytes} bytes")
