@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import http.client
 import json
 import threading
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ import openai
 import uvicorn
 from fastapi import FastAPI
 
+from app_support import ServedApp, running
 from http_support import wait_until
 from nanovllm import LLM, SamplingParams
 from nanovllm.aio import AsyncLLM
@@ -21,21 +20,17 @@ from nanovllm.builtin.mock import MockRunner
 from nanovllm.builtin.simple_bpe import SimpleBPETokenizer
 from nanovllm.runner import ModelRunner
 from nanovllm_server.app import create_app
-from nanovllm_server.bind import bind
 from nanovllm_server.keys import Keys
 from nanovllm_server.options import ServerOptions
 from nanovllm_server.serving import uvicorn_config
 from nanovllm_server.state import State
 
 
-class Served:
+class Served(ServedApp):
     """An app that runs, and its engine."""
 
     def __init__(self, llm: AsyncLLM, keys: Keys, options: ServerOptions) -> None:
-        self.llm = llm
-        self.sock = bind("127.0.0.1", 0, keys)
-        self.port: int = self.sock.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        super().__init__(llm, keys)
         self.options = options
         self.app = create_app(llm=llm, keys=keys, options=options)
 
@@ -50,21 +45,6 @@ class Served:
     def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
         """The official one; the caller closes it."""
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=20, **options)
-
-    def call(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
-        """One call, byte for byte."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        try:
-            given = {"Content-Type": "application/json", **{k.replace("_", "-"): v for k, v in headers.items()}}
-            connection.request(method, path, body, given)
-            response = connection.getresponse()
-            return response.status, response.read()
-        finally:
-            connection.close()
-
-    def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any]:
-        status, answer = self.call("POST", path, json.dumps(body).encode(), **headers)
-        return status, json.loads(answer)
 
     def events(self, path: str, body: Any, **headers: str) -> list[Any]:
         """A streamed answer: its events as JSON, and "[DONE]"."""
@@ -94,16 +74,8 @@ def serving(
         llm = AsyncLLM.from_components(runner or MockRunner(), tokenizer or SimpleBPETokenizer(), **engine)
     served = Served(llm, keys or Keys(), options or ServerOptions())
     server = uvicorn.Server(uvicorn_config(served.app, served.options, timeout_graceful_shutdown=5))
-    running = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[served.sock])), name="serve")
-    running.start()
-    try:
-        wait_until(lambda: server.started or not running.is_alive())
+    with running(served, server, server.serve(sockets=[served.sock])):
         yield served
-    finally:
-        server.should_exit = True
-        running.join(20)
-        assert not running.is_alive(), "the server does not end"
-        served.sock.close()
 
 
 class Witness:

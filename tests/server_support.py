@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
 import threading
 from collections.abc import Iterator
@@ -13,29 +12,25 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from http_support import wait_until
+from app_support import ServedApp, running
 from nanovllm.aio import AsyncLLM
 from nanovllm.builtin.mock import MockRunner
 from nanovllm.builtin.simple_bpe import SimpleBPETokenizer
 from nanovllm.runner import ModelRunner
-from nanovllm_server.bind import bind
 from nanovllm_server.keys import Keys
 from nanovllm_server.limits import Limits
 from nanovllm_server.runner_app import runner_app
 from nanovllm_server.stepper import Stepper
 
 
-class Served:
+class Served(ServedApp):
     """An app that runs, its parts, and what it was asked."""
 
     def __init__(self, llm: AsyncLLM, limits: Limits, keys: Keys) -> None:
+        super().__init__(llm, keys)
         self.loop: Any = None  # the event loop, once it runs
         self.now = 0.0  # seconds, by the stepper's clock
-        self.llm = llm
         self.stepper = Stepper(llm, limits, clock=lambda: self.now)
-        self.sock = bind("127.0.0.1", 0, keys)
-        self.port: int = self.sock.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
         self.paths: list[str] = []  # of every call
         self.bodies: list[bytes] = []  # of every POST
         self.connections: set[int] = set()  # their ports on the client's side
@@ -76,21 +71,6 @@ class Served:
         self.loop.call_soon_threadsafe(tidy)
         assert done.wait(10)
 
-    def call(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
-        """One call, byte for byte."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        try:
-            given = {"Content-Type": "application/json", **{k.replace("_", "-"): v for k, v in headers.items()}}
-            connection.request(method, path, body, given)
-            response = connection.getresponse()
-            return response.status, response.read()
-        finally:
-            connection.close()
-
-    def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any]:
-        status, answer = self.call("POST", path, json.dumps(body).encode(), **headers)
-        return status, json.loads(answer)
-
 
 @contextmanager
 def serving(
@@ -114,13 +94,5 @@ def serving(
         served.loop = asyncio.get_running_loop()
         await server.serve(sockets=[served.sock])
 
-    running = threading.Thread(target=lambda: asyncio.run(run()), name="runner-serve")
-    running.start()
-    try:
-        wait_until(lambda: server.started or not running.is_alive())
+    with running(served, server, run()):
         yield served
-    finally:
-        server.should_exit = True
-        running.join(20)
-        assert not running.is_alive(), "the server does not end"
-        served.sock.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,15 @@ import pytest
 import numpy_support
 import onnx_support
 from foreign_graphs import CONFIG, STYLES, write, write_all
+from lanes_support import run_random_program, step
 from models_support import file_tensors, write_checkpoint
-from nanovllm.batch import ALL_PARAMETERS, Batch, Lanes, ScheduledSeq
+from nanovllm.batch import ALL_PARAMETERS, Lanes
 from nanovllm.errors import ConfigError, RunnerError
 from nanovllm.hookspecs import CacheOptions
 from nanovllm_models.lanes import Work
 from nanovllm_models.lanes import runner as lanes_runner
 from nanovllm_runner_onnx.foreign.runner import ForeignRunner
 from nanovllm_runner_onnx.options import OnnxOptions
-from numpy_support import GREEDY
 
 ort = pytest.importorskip("onnxruntime", reason="the runtime: pip install 'nanovllm[onnx]'")
 
@@ -35,16 +34,6 @@ def make_runner(path: Path, **overrides) -> ForeignRunner:
 
 def prompt(length: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, VOCAB, length).tolist()
-
-
-def step(runner: ForeignRunner, *work: tuple[int, Sequence[int], int, int, int]) -> np.ndarray:
-    """Each (lane, tokens, start, stop, num_logits) -> logits (R, vocab)."""
-    nothing = np.empty(0, np.int32)
-    seqs = [
-        ScheduledSeq(lane, lane, np.array(tokens, np.int32), len(tokens), start, stop, rows, nothing, GREEDY, None)
-        for lane, tokens, start, stop, rows in work
-    ]
-    return runner.forward(Batch(tuple(seqs)).packed)
 
 
 def spy(runner: ForeignRunner, monkeypatch) -> list[tuple[int, ...]]:
@@ -84,42 +73,9 @@ def runner(request, graphs) -> ForeignRunner:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_random_programs_equal_each_sequence_alone(seed, runner, alone):
-    """Sequences advance by random chunks in random company; lanes change hands, sometimes in the middle."""
     rng = random.Random(seed)
-    scores = "prompt_logprobs" in runner.info.supports
     texts = [prompt(rng.randint(1, 60), i) for i in range(rng.randint(2, 11))]
-    wanted_of = [alone(text) for text in texts]
-    owner: dict[int, int] = {}  # lane -> text
-    done = [0] * len(texts)
-    waiting = list(range(len(texts)))
-    while waiting or owner:
-        for lane in range(runner.info.kv.num_lanes):
-            if lane not in owner and waiting and rng.random() < 0.5:
-                owner[lane] = waiting.pop()
-        work, wanted = [], []
-        for lane in rng.sample(sorted(owner), len(owner)):
-            text, start = owner[lane], done[owner[lane]]
-            left = len(texts[text]) - start
-            take = min(left, rng.choice([left, 1, 1, 1, 1, 5, 0]))
-            if not take:
-                continue
-            rows = rng.randint(0, take if scores else 1)
-            work.append((lane, texts[text], start, start + take, rows))
-            wanted += list(wanted_of[text][start + take - rows : start + take])
-            done[text] += take
-        if not work:
-            continue
-        got = step(runner, *work)
-        np.testing.assert_allclose(got, np.array(wanted).reshape(got.shape), **ROUNDING)
-        for lane, text in list(owner.items()):
-            is_done = done[text] == len(texts[text])
-            if is_done or rng.random() < 0.05:
-                runner.release(0, lane)
-                del owner[lane]
-                if not is_done:
-                    done[text] = 0
-                    waiting.append(text)
-    assert done == [len(text) for text in texts]
+    run_random_program(runner, texts, [alone(text) for text in texts], rng, ROUNDING)
 
 
 def test_a_step_that_is_done_again_after_an_interrupt_gives_the_same(runner, alone):

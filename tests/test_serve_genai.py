@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import openai
 import pytest
 import requests
 
+from app_support import serve_command
 from support import DATA, needs_data
 
 pytest.importorskip("onnxruntime", reason="the runtime: pip install 'nanovllm[onnx]'")
@@ -44,33 +42,17 @@ def test_a_genai_directory_is_served_from_the_seeds_env_file(tmp_path: Path) -> 
     wanted = case["greedy_new_ids"][:12]
     write_genai_directory(tmp_path / "genai-model")
     (tmp_path / ".env").write_text("GENAI_MODEL_DIR=./genai-model\nGENAI_DEVICE=cpu\nGENAI_MAX_LENGTH=200\nPORT=0\n")
-    command = [sys.executable, "-c", "from nanovllm.cli import main; main()", "serve", "--runner=onnx"]
-    environment = {**os.environ, "PYTHONWARNINGS": "error"}
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as running:
-        try:
-            assert running.stdout is not None
-            assert running.stderr is not None
-            lines = [running.stdout.readline(), running.stdout.readline()]
-            assert lines[1].startswith("serving ./genai-model (onnx) at "), lines[0] + running.stderr.read()
-            url = lines[1].split()[-1]
-            health = requests.get(f"{url}/healthz", timeout=20).json()
-            assert (health["backend"], health["device"]) == ("onnx", "cpu")
-            assert Path(health["model_dir"]).name == "genai-model"
-            ask = {"messages": [{"role": "user", "content": "Once"}], "temperature": 0, "max_tokens": 5}
-            assert requests.post(f"{url}/v1/chat", json=ask, timeout=20).json()["metrics"]["output_tokens"] == 5
-            with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-                [model] = client.models.list().data
-                assert model.model_dump()["max_model_len"] == 200
-                answer = client.completions.create(
-                    model=model.id, prompt=case["prompt"], max_tokens=len(wanted), temperature=0
-                )
-            ids = requests.post(
-                f"{url}/v1/tokenize", json={"text": case["prompt"] + answer.choices[0].text}, timeout=20
+    with serve_command(tmp_path, "serve", "--runner=onnx", what="./genai-model (onnx) at ") as url:
+        health = requests.get(f"{url}/healthz", timeout=20).json()
+        assert (health["backend"], health["device"]) == ("onnx", "cpu")
+        assert Path(health["model_dir"]).name == "genai-model"
+        ask = {"messages": [{"role": "user", "content": "Once"}], "temperature": 0, "max_tokens": 5}
+        assert requests.post(f"{url}/v1/chat", json=ask, timeout=20).json()["metrics"]["output_tokens"] == 5
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            [model] = client.models.list().data
+            assert model.model_dump()["max_model_len"] == 200
+            answer = client.completions.create(
+                model=model.id, prompt=case["prompt"], max_tokens=len(wanted), temperature=0
             )
-            assert ids.json()["token_ids"] == [*case["input_ids"], *wanted]
-            running.terminate()
-            assert running.wait(20) == 0, running.stderr.read()
-        finally:
-            running.kill()
+        ids = requests.post(f"{url}/v1/tokenize", json={"text": case["prompt"] + answer.choices[0].text}, timeout=20)
+        assert ids.json()["token_ids"] == [*case["input_ids"], *wanted]

@@ -4,7 +4,6 @@ and the commands of docs/server/deployment.md."""
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from app_support import serve_command
 from support import REPO
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -32,21 +32,9 @@ def fenced(language: str, words: str) -> str:
 @contextmanager
 def serving(command: str, directory: Path) -> Iterator[str]:
     """The address at which `nanovllm serve ...` says it serves. Any free port: 8000 may be somebody's."""
-    words = [sys.executable, "-c", "from nanovllm.cli import main; main()", *shlex.split(command)[1:], "--port=0"]
-    environment = {**os.environ, "PYTHONWARNINGS": "error"}
-    with subprocess.Popen(
-        words, cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as running:
-        try:
-            assert running.stdout is not None
-            assert running.stderr is not None
-            lines = [running.stdout.readline(), running.stdout.readline()]
-            assert lines[1].startswith("serving demo (numpy) at http://"), lines[0] + running.stderr.read()
-            yield lines[1].split()[-1]
-            running.terminate()
-            assert running.wait(20) == 0, running.stderr.read()
-        finally:
-            running.kill()
+    words = (*shlex.split(command)[1:], "--port=0")
+    with serve_command(directory, *words, what="demo (numpy) at http://") as url:
+        yield url
 
 
 def readme_command() -> str:

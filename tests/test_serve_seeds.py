@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from app_support import serve_command
 from engine_support import ByteTokenizer
 from http_support import wait_until
 from nanovllm import LLM, SamplingParams
@@ -209,29 +208,9 @@ def test_the_servers_cap_on_tokens_holds_here_too() -> None:
 # -------------------------------------------------------------------------------------------- as a process
 
 
-@contextmanager
-def process(directory: Path, *options: str) -> Iterator[str]:
-    """The url of a `nanovllm serve` that is ready, started in `directory`; it must end well when told to."""
-    command = [sys.executable, "-c", "from nanovllm.cli import main; main()", "serve", *options]
-    environment = {**os.environ, "PYTHONWARNINGS": "error"}
-    with subprocess.Popen(
-        command, cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as running:
-        try:
-            assert running.stdout is not None
-            assert running.stderr is not None
-            lines = [running.stdout.readline(), running.stdout.readline()]
-            assert lines[1].startswith("serving"), lines[0] + running.stderr.read()
-            yield lines[1].split()[-1]
-            running.terminate()
-            assert running.wait(20) == 0, running.stderr.read()
-        finally:
-            running.kill()
-
-
 def test_the_documents_command_line_and_their_client(tmp_path: Path) -> None:
     model = REPO / "plugins" / "models" / "nanovllm_models" / "demo"
-    with process(tmp_path, "--model", str(model), "--port=0") as url:
+    with serve_command(tmp_path, "serve", "--model", str(model), "--port=0") as url:
         command = [sys.executable, "-W", "error", str(REPO / "examples" / "client_requests.py"), url]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.count("The capital of France is Paris.") == 2

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from app_support import command
 from http_support import wait_until
 from nanovllm import LLM, SamplingParams
 from nanovllm.builtin.mock import MockRunner, Script
@@ -361,19 +360,12 @@ def test_large_prompts_are_prepared_in_another_thread(monkeypatch: pytest.Monkey
 
 @contextmanager
 def process(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, "-c", "from nanovllm.cli import main; main()", "runner-serve", "--port=0", *options]
-    environment = {**os.environ, "PYTHONWARNINGS": "error"}
-    with subprocess.Popen(
-        command, cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as running:
-        try:
-            assert running.stdout is not None
-            assert running.stderr is not None
-            found = re.search(r"http://\S+", running.stdout.readline())
-            assert found, running.stderr.read()
-            yield running, found[0]
-        finally:
-            running.kill()
+    with command(REPO, "runner-serve", "--port=0", *options) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        found = re.search(r"http://\S+", running.stdout.readline())
+        assert found, running.stderr.read()
+        yield running, found[0]
 
 
 def ask(config: str, url: str | None, tmp_path: Path) -> list[tuple[str, list[int]]]:

@@ -11,10 +11,10 @@ import pytest
 import foreign_torch
 from engine_support import Answers, ask, drive, greedy, make_engine
 from foreign_torch import BAD_TOKEN, KV_HEADS, LAYERS, MAX_LEN, SIZE, STYLES, VOCAB, Decoder, make_runner, write
-from nanovllm.batch import ALL_PARAMETERS, Batch, Lanes, ScheduledSeq
+from lanes_support import run_random_program, step
+from nanovllm.batch import ALL_PARAMETERS, Lanes
 from nanovllm.errors import RunnerError
 from nanovllm.request import SamplingParams
-from numpy_support import GREEDY
 
 torch = foreign_torch.torch
 
@@ -32,16 +32,6 @@ ENGINES = {
 
 def prompt(length: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(4, BAD_TOKEN, length).tolist()
-
-
-def step(runner, *work: tuple[int, Sequence[int], int, int, int]) -> np.ndarray:
-    """Each (lane, tokens, start, stop, num_logits) -> logits (R, vocab)."""
-    nothing = np.empty(0, np.int32)
-    seqs = [
-        ScheduledSeq(lane, lane, np.array(tokens, np.int32), len(tokens), start, stop, rows, nothing, GREEDY, None)
-        for lane, tokens, start, stop, rows in work
-    ]
-    return runner.forward(Batch(tuple(seqs)).packed)
 
 
 def spy(runner, monkeypatch) -> list[tuple[int, ...]]:
@@ -90,42 +80,9 @@ def test_greedy_tokens_are_the_models_own(how, runner, wanted):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_random_programs_equal_each_sequence_alone(seed, runner, decoder):
-    """Sequences advance by random chunks in random company; lanes change hands, sometimes in the middle."""
     rng = random.Random(seed)
-    scores = "prompt_logprobs" in runner.info.supports
     texts = [prompt(rng.randint(1, 50), i) for i in range(rng.randint(2, 9))]
-    wanted_of = [decoder.alone(text).numpy() for text in texts]
-    owner: dict[int, int] = {}  # lane -> text
-    done = [0] * len(texts)
-    waiting = list(range(len(texts)))
-    while waiting or owner:
-        for lane in range(runner.info.kv.num_lanes):
-            if lane not in owner and waiting and rng.random() < 0.5:
-                owner[lane] = waiting.pop()
-        work, expected = [], []
-        for lane in rng.sample(sorted(owner), len(owner)):
-            text, start = owner[lane], done[owner[lane]]
-            left = len(texts[text]) - start
-            take = min(left, rng.choice([left, 1, 1, 1, 1, 5, 0]))
-            if not take:
-                continue
-            rows = rng.randint(0, take if scores else 1)
-            work.append((lane, texts[text], start, start + take, rows))
-            expected += list(wanted_of[text][start + take - rows : start + take])
-            done[text] += take
-        if not work:
-            continue
-        got = step(runner, *work)
-        np.testing.assert_allclose(got, np.array(expected).reshape(got.shape), **ROUNDING)
-        for lane, text in list(owner.items()):
-            is_done = done[text] == len(texts[text])
-            if is_done or rng.random() < 0.05:
-                runner.release(0, lane)
-                del owner[lane]
-                if not is_done:
-                    done[text] = 0
-                    waiting.append(text)
-    assert done == [len(text) for text in texts]
+    run_random_program(runner, texts, [decoder.alone(text).numpy() for text in texts], rng, ROUNDING)
 
 
 @pytest.mark.parametrize("name", ["ids-only-export", "flat-export", "optional-script"])

@@ -82,3 +82,9 @@ def copy_companions(source: Path, target: Path) -> None:
         is_companion = any(fnmatchcase(path.name, pattern) for pattern in COMPANIONS)
         if is_companion and (found := find_file(source, path.name)):
             shutil.copyfile(found, target / path.name)
+
+
+def describe(directory: Path) -> str:
+    """For people: how much an export wrote."""
+    sizes = [file.stat().st_size for file in directory.iterdir() if file.is_file()]
+    return f"{len(sizes)} files, {sum(sizes):,} bytes"

@@ -39,6 +39,8 @@ def export_onnx(
     `--runner onnx` needs to run it. No torch is involved, and equal checkpoints give equal files. The options of
     onnxruntime-genai's model builder (-m -o -p -e) are understood.
     """
+    from nanovllm_models.export_files import describe
+
     from .exporter import export
 
     is_terminal = sys.stderr.isatty()
@@ -61,8 +63,7 @@ def export_onnx(
     finally:
         if is_terminal:
             click.echo("\r\x1b[K", nl=False, err=True)
-    files = [file for file in path.iterdir() if file.is_file()]
-    echo(f"{marks().done} {output}: {len(files)} files, {sum(file.stat().st_size for file in files):,} bytes")
+    echo(f"{marks().done} {output}: {describe(path)}")
     sets = [] if block_size == CacheOptions().block_size else [f"--set cache.block_size={block_size}"]
     if device != "cpu":
         sets.append(f"--set runner.device={device}")

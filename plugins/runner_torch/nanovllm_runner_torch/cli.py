@@ -83,5 +83,6 @@ def export_safetensors(model: str, output: str, allow_code_in: tuple[Path, ...])
 
 
 def _done(output: str, path: Path) -> None:
-    files = [file for file in path.iterdir() if file.is_file()]
-    echo(f"{marks().done} {output}: {len(files)} files, {sum(file.stat().st_size for file in files):,} bytes")
+    from nanovllm_models.export_files import describe
+
+    echo(f"{marks().done} {output}: {describe(path)}")

@@ -8,17 +8,22 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from nanovllm.request import Finish
 
+from .call import open_call
 from .errors import ApiError
-from .sse import DONE
+from .routing import as_json
+from .sse import DONE, EventStream
 
 if TYPE_CHECKING:
+    from fastapi import Request as HTTPRequest
+    from fastapi import Response
+
     from nanovllm.batch import TokenLogprob
-    from nanovllm.request import Completion, Delta
+    from nanovllm.request import Completion, Delta, Request
     from nanovllm.tokenizer import Tokenizer
 
     from .call import Call, Usage
@@ -85,6 +90,18 @@ class Answer(ABC):
     def _head(self, kind: str) -> str:
         """A JSON object without its end."""
         return json.dumps({"id": f"{self.prefix}-{self.call.request_id}", "object": kind, **self._facts})[:-1]
+
+
+async def answered(
+    state: State, http: HTTPRequest, requests: Sequence[Request], answer: Answer, *, is_stream: bool
+) -> Response:
+    """Have the requests generated, and answer with events or, once that is over, as a whole. Raises as `open_call`."""
+    opened = open_call(state, http, requests, is_stream=is_stream)
+    if is_stream:
+        return EventStream(opened, answer, state.options)
+    async with opened as call:
+        await call.finish()
+        return as_json(answer.whole(call))
 
 
 class TokenText:

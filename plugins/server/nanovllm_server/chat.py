@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.request import Request
 
-from .answer import REASONS, Answer, TokenText, check_call, finite, most_tokens
+from .answer import REASONS, Answer, TokenText, answered, check_call, finite, most_tokens
 from .body import read_json
-from .call import open_call
 from .openai_answers import ChatAnswered, ChatChunk
 from .openai_schema import ChatRequest, checked
 from .openapi import Operation
-from .routing import as_json, post
-from .sse import EventStream
+from .routing import post
 
 if TYPE_CHECKING:
     from fastapi import Request as HTTPRequest
@@ -43,12 +41,7 @@ def routes(state: State) -> list[BaseRoute]:
     async def chat(http: HTTPRequest) -> Response:
         body = checked(ChatRequest, await read_json(http, state.options))
         answer = ChatAnswer(state, body)
-        opened = open_call(state, http, [_request(state, body)], is_stream=body.stream)
-        if body.stream:
-            return EventStream(opened, answer, state.options)
-        async with opened as call:
-            await call.finish()
-            return as_json(answer.whole(call))
+        return await answered(state, http, [_request(state, body)], answer, is_stream=body.stream)
 
     return [post("/v1/chat/completions", chat)]
 

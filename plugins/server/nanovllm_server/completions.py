@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any
 from nanovllm.request import Request
 from nanovllm.tokenizer import TokenStream
 
-from .answer import REASONS, Answer, TokenText, best, check_call, finite, most_tokens
+from .answer import REASONS, Answer, TokenText, answered, best, check_call, finite, most_tokens
 from .body import read_json
-from .call import open_call
 from .errors import ApiError
 from .openai_answers import CompletionAnswered
 from .openai_schema import CompletionRequest, checked
 from .openapi import Operation
-from .routing import as_json, post
-from .sse import EventStream
+from .routing import post
 
 if TYPE_CHECKING:
     from fastapi import Request as HTTPRequest
@@ -48,12 +46,7 @@ def routes(state: State) -> list[BaseRoute]:
     async def completions(http: HTTPRequest) -> Response:
         body = checked(CompletionRequest, await read_json(http, state.options))
         answer = CompletionAnswer(state, body)
-        opened = open_call(state, http, _requests(state, body), is_stream=body.stream)
-        if body.stream:
-            return EventStream(opened, answer, state.options)
-        async with opened as call:
-            await call.finish()
-            return as_json(answer.whole(call))
+        return await answered(state, http, _requests(state, body), answer, is_stream=body.stream)
 
     return [post("/v1/completions", completions)]
 

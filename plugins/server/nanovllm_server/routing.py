@@ -5,15 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, Response
 from starlette.routing import Route
 
-from .errors import ClientGone, as_api_error
+from .errors import ApiError, ClientGone, as_api_error
 from .notes import note
 
+if TYPE_CHECKING:
+    from nanovllm.aio import AsyncLLM
+    from nanovllm.tokenizer import Tokenizer
+
 Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def tokenizer_of(llm: AsyncLLM) -> Tokenizer:
+    if llm.tokenizer is None:
+        raise ApiError(501, "this server has no tokenizer")
+    return llm.tokenizer
 
 
 def get(path: str, endpoint: Endpoint) -> Route:

@@ -20,7 +20,7 @@ from .body import read_body
 from .errors import ApiError
 from .keys import OWNER, Gate, Keys
 from .limits import Limits
-from .routing import get, post
+from .routing import get, post, tokenizer_of
 from .stepper import Stepper
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class _Routes:
     # --------------------------------------------------------------------------------------- tokens
 
     async def tokenize(self, data: Body, owner: str) -> Body:
-        tokenizer = self._tokenizer()
+        tokenizer = tokenizer_of(self.llm)
         if "messages" in data:
             messages = _messages(data["messages"], self.limits.max_text_chars)
             ids = await asyncio.to_thread(tokenizer.chat, messages)
@@ -115,7 +115,7 @@ class _Routes:
         return {"token_ids": list(ids)}
 
     async def detokenize(self, data: Body, owner: str) -> Body:
-        tokenizer, ids = self._tokenizer(), data.get("token_ids")
+        tokenizer, ids = tokenizer_of(self.llm), data.get("token_ids")
         if not isinstance(ids, list) or len(ids) > self.limits.max_ids:
             raise ApiError(400, f"token_ids must be a list of at most {self.limits.max_ids} ids")
         for i in ids:
@@ -126,14 +126,9 @@ class _Routes:
     async def vocabulary(self, request: Request) -> Response:
         """The bytes of every token, so that a client turns tokens into text by itself."""
         if self._vocabulary is None:
-            tokenizer = self._tokenizer()
+            tokenizer = tokenizer_of(self.llm)
             self._vocabulary = await asyncio.to_thread(_vocabulary, tokenizer, self.llm.engine.eos_ids)
         return self._vocabulary
-
-    def _tokenizer(self) -> Tokenizer:
-        if self.llm.tokenizer is None:
-            raise ApiError(501, "this server has no tokenizer")
-        return self.llm.tokenizer
 
     # ---------------------------------------------------------------------------------------- facts
 

@@ -10,13 +10,11 @@ from .errors import ApiError
 from .openai_answers import DetokenizeAnswer, TokenizeAnswer
 from .openai_schema import DetokenizeRequest, TokenizeRequest, checked
 from .openapi import Operation
-from .routing import as_json, post
+from .routing import as_json, post, tokenizer_of
 
 if TYPE_CHECKING:
     from fastapi import Request, Response
     from starlette.routing import BaseRoute
-
-    from nanovllm.tokenizer import Tokenizer
 
     from .state import State
 
@@ -33,13 +31,8 @@ OPERATIONS = tuple(
 
 
 def routes(state: State) -> list[BaseRoute]:
-    def tokenizer() -> Tokenizer:
-        if state.llm.tokenizer is None:
-            raise ApiError(501, "this server has no tokenizer")
-        return state.llm.tokenizer
-
     async def tokenize(http: Request) -> Response:
-        body, found = checked(TokenizeRequest, await read_json(http, state.options)), tokenizer()
+        body, found = checked(TokenizeRequest, await read_json(http, state.options)), tokenizer_of(state.llm)
         messages = [message.plain() for message in body.messages or ()]
         check_text(len(body.text or "") + sum(len(message["content"]) for message in messages), state.options)
         if body.text is None:
@@ -49,7 +42,7 @@ def routes(state: State) -> list[BaseRoute]:
         return as_json({"token_ids": list(ids)})
 
     async def detokenize(http: Request) -> Response:
-        body, found = checked(DetokenizeRequest, await read_json(http, state.options)), tokenizer()
+        body, found = checked(DetokenizeRequest, await read_json(http, state.options)), tokenizer_of(state.llm)
         ids = body.token_ids
         if len(ids) > state.options.max_ids:
             raise ApiError(400, f"token_ids holds {len(ids)} ids; at most {state.options.max_ids} are taken")
