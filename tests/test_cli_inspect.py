@@ -48,9 +48,9 @@ def document(directory: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(run(directory, "--json", *arguments).stdout)
 
 
-def told(directory: Path, kind: str) -> list[str]:
+def told(directory: Path, level: str) -> list[str]:
     found = document(directory)["findings"]
-    return [f"{f['what']}; {f['remedy']}" if f["remedy"] else f["what"] for f in found if f["kind"] == kind]
+    return [f"{f['text']}; {f['fix']}" if f["fix"] else f["text"] for f in found if f["level"] == level]
 
 
 @pytest.fixture

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -270,3 +272,38 @@ def test_every_command_of_this_project_is_on_the_page_of_commands() -> None:
     ours = {*_COMMANDS, *(f.name for f in discover("commands") if f.distribution.startswith("nanovllm"))}
     page = (REPO / "docs" / "commands.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^## (.+)$", page, re.MULTILINE)) == ours
+
+
+FAULTY = """
+from nanovllm.builtin.mock import MockRunner
+from nanovllm.hookspecs import hookimpl
+
+class Faulty(MockRunner):
+    def forward(self, packed):
+        return 1 / 0
+
+class Plugin:
+    api_version = 1
+
+    @hookimpl
+    def create_runner(self, ctx):
+        return Faulty()
+
+plugin = Plugin()
+"""
+
+
+@pytest.mark.parametrize("flags", [(), ("--debug",)], ids=["plain", "debug"])
+def test_a_plugin_that_raises_is_a_sentence_and_a_traceback_only_with_debug(
+    flags: tuple[str, ...], install: Install, tmp_path: Path
+) -> None:
+    install("acme", {"nanovllm.runners": "faulty = acme_faulty:plugin"}, acme_faulty=FAULTY)
+    done = subprocess.run(
+        [sys.executable, "-m", "nanovllm", *flags, "generate", "-r", "faulty", "--tokenizer", "simple", "hello"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == (1 if flags else 5)
+    assert "step 1 failed: ZeroDivisionError: division by zero\n" in done.stderr
+    assert ("Traceback" in done.stderr) == bool(flags)

@@ -38,8 +38,8 @@ def document(path: Path) -> dict[str, Any]:
     return found
 
 
-def told(path: Path, kind: str) -> list[str]:
-    return [f["what"] for f in document(path)["findings"] if f["kind"] == kind]
+def told(path: Path, level: str) -> list[str]:
+    return [f["text"] for f in document(path)["findings"] if f["level"] == level]
 
 
 # ---------------------------------------------------------------------------------------- what it says

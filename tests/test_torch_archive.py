@@ -361,14 +361,14 @@ def test_inspect_says_what_it_is_and_opens_nothing(kind, tmp_path):
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     report = inspect_model(model)  # without config.json, which a program does not need
     assert (report.program, report.architecture, report.is_usable) == (KINDS[kind], None, True)
-    [how] = [f.remedy for f in report.findings if f.remedy and "allow_code_in" in f.remedy]
+    [how] = [f.fix for f in report.findings if f.fix and "allow_code_in" in f.fix]
     assert yaml.safe_load(how.partition("allow_code_in: ")[2]) == [str(model)]
     for config, architecture in ((LLAMA, "llama"), ({"model_type": "unheard-of", "vocab_size": 2}, None)):
         (model / "config.json").write_text(json.dumps(config))
         report = inspect_model(model)
         assert (report.architecture and report.architecture.architecture, report.is_usable) == (architecture, True)
     (model / "config.json").write_text('{"vocab_size": 1}')
-    assert [f.what for f in inspect_model(model).findings if f.kind == "error"] == [
+    assert [f.text for f in inspect_model(model).findings if f.level == "error"] == [
         "the tokenizer has 2 entries but the model only 1: they do not belong together"
     ]
     printed = CliRunner().invoke(cli, ["inspect", str(model)]).stdout
@@ -380,7 +380,7 @@ def test_inspect_says_that_a_pickle_is_not_a_program(files, tmp_path):
     (tmp_path / "model.pt").write_bytes(files["pickle"].read_bytes())
     report = inspect_model(tmp_path)
     assert report.program is None
-    assert any("is a pickle" in f.what and "export safetensors" in f.remedy for f in report.findings if f.remedy)
+    assert any("is a pickle" in f.text and "export safetensors" in f.fix for f in report.findings if f.fix)
     assert not report.is_usable
 
 

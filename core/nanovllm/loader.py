@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pluggy
-from packaging.requirements import InvalidRequirement, Requirement
 
 from . import __version__, hookspecs
 from .errors import NanoVLLMError, PluginError
-from .plugins import Found, broken, find, in_words, normal_name
+from .plugins import Found, broken, find, in_words, normal_name, requirements
 
 if TYPE_CHECKING:
     from .intake import Ticket
@@ -132,26 +131,20 @@ def _check_api_version(found: Found, plugin: object) -> None:
             f"plugin {found} does not say for which plugin API it was written",
             hint=f"its author declares it with `api_version = {hookspecs.API_VERSION}` on the plugin object",
         )
-    if not max(1, hookspecs.API_VERSION - 1) <= version <= hookspecs.API_VERSION:
-        newer = version > hookspecs.API_VERSION
+    newest = hookspecs.API_VERSION
+    oldest = max(1, newest - 1)
+    if not oldest <= version <= newest:
+        offered = f"{oldest} and {newest}" if oldest < newest else str(newest)
         raise PluginError(
-            f"plugin {found} was written for plugin API {version}; this nanovllm offers {hookspecs.API_VERSION}",
-            hint=f"upgrade {'nanovllm' if newer else found.distribution}",
+            f"plugin {found} was written for plugin API {version}, and nanovllm {__version__} runs those for {offered}",
+            hint=f"try: pip install --upgrade {'nanovllm' if version > newest else found.distribution}",
         )
 
 
 def _check_requirement(found: Found) -> None:
     """pip only warns when core and a plugin disagree, so the plugin's own Requires-Dist is read here."""
-    try:
-        lines = importlib.metadata.requires(found.distribution) or []
-    except importlib.metadata.PackageNotFoundError:
-        return
-    for line in lines:
-        try:
-            requirement = Requirement(line)
-        except InvalidRequirement:
-            continue  # pip refuses such a line too
-        if normal_name(requirement.name) != "nanovllm" or (requirement.marker and not requirement.marker.evaluate()):
+    for requirement in requirements(found.distribution):
+        if normal_name(requirement.name) != "nanovllm":
             continue
         if not requirement.specifier.contains(__version__, prereleases=True):
             raise PluginError(

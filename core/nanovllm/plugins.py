@@ -9,10 +9,16 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import importlib.util
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import ModelError, PluginError
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 # Group -> one thing in it, in words. The entry-point group is "nanovllm." + the name.
 KINDS = {
@@ -25,6 +31,8 @@ KINDS = {
     "inspectors": "inspector",
     "exporters": "export format",
     "checkpoints": "checkpoint",
+    "doctors": "health check",
+    "conformance": "conformance suite",
 }
 
 # What pip installs for the names that this project itself offers.
@@ -40,6 +48,7 @@ _OFFICIAL = {
     ("tokenizers", "tiktoken"): "nanovllm-tokenizers[tiktoken]",
     ("tokenizers", "http"): "nanovllm[http]",
     ("checkpoints", "demo"): "nanovllm-models",
+    ("conformance", "models"): "nanovllm-models",
     ("inspectors", "onnx"): "nanovllm[onnx]",
     ("commands", "demo"): "nanovllm-models",
     ("commands", "export"): "nanovllm-models",
@@ -82,6 +91,31 @@ def pip_hint(group: str, name: str) -> str | None:
     """The pip line that brings a name of this project; None for anybody else's."""
     target = _OFFICIAL.get((group, name))
     return f"try: pip install '{target}'" if target else None
+
+
+def absent(group: str) -> dict[str, list[str]]:
+    """Pip lines -> the names of this project that each would bring, and nothing installed offers."""
+    have = {found.name for found in discover(group)}
+    lines: dict[str, list[str]] = {}
+    for (kind, name), target in _OFFICIAL.items():
+        if kind == group and name not in have:
+            lines.setdefault(f"pip install '{target}'", []).append(name)
+    return lines
+
+
+def requirements(distribution: str) -> Iterator[Requirement]:
+    """What a distribution needs here, those of its extras left out; nothing if it is not installed."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    try:
+        lines = importlib.metadata.requires(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    for line in lines:
+        with suppress(InvalidRequirement):  # pip refuses such a line too
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                yield requirement
 
 
 def find(group: str, name: str) -> Found:

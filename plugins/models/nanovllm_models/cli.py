@@ -11,7 +11,7 @@ import click
 from nanovllm.cli import plugin_command, summary
 from nanovllm.cli.ask import answer
 from nanovllm.cli.options import EngineCommand, engine_options
-from nanovllm.cli.terminal import echo, marks
+from nanovllm.cli.terminal import echo, marks, printable
 from nanovllm.plugins import discover
 
 if TYPE_CHECKING:
@@ -121,8 +121,7 @@ def inspect(ctx: click.Context, model: str, context: int | None, batch: int, as_
 
 def _print_report(report: Report) -> None:
     def say(line: str) -> None:
-        """What steers a terminal is shown as an escape: names and texts come from files of strangers."""
-        echo("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+        echo(printable(line))
 
     def rows(title: str, table: dict[str, str]) -> None:
         if table:
@@ -175,7 +174,7 @@ def _print_report(report: Report) -> None:
     rows("Missing", dict.fromkeys(report.missing, ""))
     say("Findings" if report.findings else "Nothing is wrong with it.")
     for finding in report.findings:
-        say(f"  {finding.kind}: {finding.what}" + (f"; {finding.remedy}" if finding.remedy else ""))
+        say(f"  {finding.level}: {finding.text}" + (f"; {finding.fix}" if finding.fix else ""))
 
 
 def _size(num_bytes: int) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from nanovllm.doctor.finding import Finding, Level
+
 from . import model_info
 from .checkpoint import INDEX, SINGLE
 from .torch_files import PICKLED, PROGRAMS
@@ -43,7 +45,7 @@ KNOWN = {
     "__init__.py": "nothing: it is never run",
 }
 # One of each line must be there, or what is said holds.
-NEEDED = (
+NEEDED: tuple[tuple[tuple[str, ...], Level, str], ...] = (
     (
         ("config.json", "*.onnx", *PROGRAMS),
         "error",
@@ -58,17 +60,10 @@ NEEDED = (
     (("tokenizer_config.json",), "note", "special tokens and the chat template are what the tokenizer's file says"),
 )
 # The same, where there is no genai_config.json to say what they say.
-NEEDED_WITHOUT_GENAI = (
+NEEDED_WITHOUT_GENAI: tuple[tuple[tuple[str, ...], Level, str], ...] = (
     (("generation_config.json",), "note", "end tokens are what other files say"),
     ((model_info.FILE_NAME,), "note", "its facts are taken from other files"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    kind: str  # "error": the model cannot be used so; "note": it can
-    what: str
-    remedy: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +88,12 @@ def look_for_missing(files: Sequence[FoundFile]) -> tuple[list[str], list[Findin
     """The names that should be there, and what follows from their absence."""
     missing, findings = [], []
     has_genai = any(file.name == "genai_config.json" for file in files)
-    for patterns, kind, consequence in NEEDED if has_genai else (*NEEDED, *NEEDED_WITHOUT_GENAI):
+    for patterns, level, consequence in NEEDED if has_genai else (*NEEDED, *NEEDED_WITHOUT_GENAI):
         if not any(fnmatchcase(file.name, pattern) for file in files for pattern in patterns):
             missing.append(patterns[0])
-            remark, _, remedy = consequence.partition("; ")
+            remark, _, fix = consequence.partition("; ")
             more = f" (nor {', '.join(patterns[1:])})" if patterns[1:] else ""
-            findings.append(Finding(kind, f"there is no {patterns[0]}{more}: {remark}", remedy or None))
+            findings.append(Finding(level, f"there is no {patterns[0]}{more}: {remark}", fix or None))
     return missing, findings
 
 

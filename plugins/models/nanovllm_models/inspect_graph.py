@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanovllm.doctor.finding import Finding
 from nanovllm.loader import load_object
 from nanovllm.plugins import find
 
 from .checkpoint import is_checkpoint
 from .generation import Source
-from .inspect_files import Finding, FoundFile
+from .inspect_files import FoundFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nanovllm.doctor.finding import Finding
 from nanovllm.errors import ConfigError, ModelError, NanoVLLMError
 from nanovllm.plugins import model_directory
 
@@ -28,7 +29,7 @@ from .config import Config
 from .facts import read_facts
 from .files import find_file, read_json
 from .generation import Default, sampling_defaults, special_ids
-from .inspect_files import Finding, FoundFile, files_of, look_for_missing, look_for_unexpected
+from .inspect_files import FoundFile, files_of, look_for_missing, look_for_unexpected
 from .inspect_graph import Inspection, inspect_graph, is_graph
 from .registry import find_family
 from .spec import DecoderSpec, Experts, FeedForward
@@ -97,7 +98,7 @@ class Report:
 
     @property
     def is_usable(self) -> bool:
-        return not any(finding.kind == "error" for finding in self.findings)
+        return not any(finding.level == "error" for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
         generation = {key: default._asdict() for key, default in self.generation.items()}

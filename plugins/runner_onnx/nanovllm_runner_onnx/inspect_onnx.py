@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nanovllm.doctor.finding import Finding
 from nanovllm.errors import ModelError, UnsupportedModelError
-from nanovllm_models.inspect_files import Finding
 from nanovllm_models.inspect_graph import Inspection
 
 from .exported import is_exported, read_facts

@@ -7,6 +7,7 @@ other's files, and what is left runs on the CPU whatever the configuration says.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
@@ -22,6 +23,7 @@ DISTRIBUTIONS = (
     "onnxruntime", "onnxruntime-gpu", "onnxruntime-directml",
     "onnxruntime-openvino", "onnxruntime-qnn", "onnxruntime-rocm", "onnxruntime-training",
 )  # fmt: skip
+OVERWRITTEN = "are installed together and overwrite each other's files"
 EXTRAS: dict[Device, str] = {"cpu": "onnx", "cuda": "onnx-cuda", "directml": "onnx-directml"}
 # The oldest that run our graphs. cpu: int4's quantised tables; every precision was run on 1.23.2, 1.24.4 and 1.31.1.
 # cuda: slots and bounds of PagedAttention. directml: who computes what is told from there on (and it is the last).
@@ -30,9 +32,9 @@ OLDEST: dict[Device, Version] = {"cpu": Version("1.23"), "cuda": Version("1.29")
 
 def import_onnxruntime(device: Device = "cpu") -> Any:
     """The module. Raises PluginError with the pip line if there is none, it is too old, or there are several."""
-    installed = [name for name in DISTRIBUTIONS if _is_installed(name)]
+    installed = installed_distributions()
     if len(installed) > 1:
-        message = f"{' and '.join(installed)} are installed together and overwrite each other's files"
+        message = f"{' and '.join(installed)} {OVERWRITTEN}"
         if device != "cpu":
             raise PluginError(message, hint=f"keep one: {pip_line(device)}")
         log.warning("%s; keep one: %s", message, pip_line(device))
@@ -62,14 +64,16 @@ def require_onnx() -> None:
 
 def pip_line(device: Device) -> str:
     """The command after which exactly the distribution for the device is installed."""
-    others = [name for name in DISTRIBUTIONS if _is_installed(name)]
+    others = installed_distributions()
     install = f"pip install 'nanovllm[{EXTRAS[device]}]'"
     return f"pip uninstall -y {' '.join(others)} && {install}" if others else install
 
 
-def _is_installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+def installed_distributions() -> list[str]:
+    """Those of DISTRIBUTIONS; more than one is a mistake."""
+    found = []
+    for name in DISTRIBUTIONS:
+        with suppress(metadata.PackageNotFoundError):
+            metadata.version(name)
+            found.append(name)
+    return found

@@ -1,0 +1,5 @@
+"""`python -m nanovllm` is `nanovllm`."""
+
+from .cli import main
+
+main()
