@@ -75,9 +75,36 @@ def build(loaded: Loaded) -> Components:
     Raises what `choose` raises, and whatever NanoVLLMError a plugin's `create_*` raises.
     """
     config = loaded.config
+    chosen, ctx = _chosen(loaded)
+    # The tokenizer first: the mock runner takes its vocabulary's size from it.
+    ctx = replace(ctx, tokenizer=_tokenizer(chosen, ctx))
+    with ExitStack() as undo:
+        runner = create(chosen.runner, "runner", replace(ctx, options=chosen.runner_options))
+        undo.callback(runner.close)
+        if ctx.tokenizer is None and not runner.info.tokenizes:
+            raise ConfigError(
+                f"runner '{config.runner.type}' needs a tokenizer, and model '{config.model}' has no files to take one "
+                "from",
+                hint="set tokenizer.type and tokenizer.path",
+            )
+        sampler = _sampler(chosen.plugins, loaded, runner, ctx)
+        undo.pop_all()
+    return Components(
+        loaded=loaded, runner=runner, tokenizer=ctx.tokenizer, sampler=sampler, observers=chosen.observers
+    )
+
+
+def build_tokenizer(loaded: Loaded) -> Tokenizer | None:
+    """The tokenizer alone; None where the runner tokenizes by itself. Raises as `build` does."""
+    return _tokenizer(*_chosen(loaded))
+
+
+def _chosen(loaded: Loaded) -> tuple[Chosen, Context]:
+    """The plugins, and what each gets besides its own options."""
+    config = loaded.config
     model, path = resolve_model(config.model)
     chosen = choose(loaded, path)
-    ctx = Context(
+    return chosen, Context(
         options=None,
         model=model,
         path=path,
@@ -93,23 +120,13 @@ def build(loaded: Loaded) -> Components:
         max_model_len=config.scheduler.max_model_len,
         threads=config.runner.threads,
     )
-    # The tokenizer first: the mock runner takes its vocabulary's size from it.
-    if chosen.tokenizer is not None:
-        tokenizer = _create(chosen.tokenizer, "tokenizer", replace(ctx, options=chosen.tokenizer_options))
-        ctx = replace(ctx, tokenizer=tokenizer)
-    with ExitStack() as undo:
-        runner = _create(chosen.runner, "runner", replace(ctx, options=chosen.runner_options))
-        undo.callback(runner.close)
-        if ctx.tokenizer is None and not runner.info.tokenizes:
-            raise ConfigError(
-                f"runner '{config.runner.type}' needs a tokenizer, and model '{model}' has no files to take one from",
-                hint="set tokenizer.type and tokenizer.path",
-            )
-        sampler = _sampler(chosen.plugins, loaded, runner, ctx)
-        undo.pop_all()
-    return Components(
-        loaded=loaded, runner=runner, tokenizer=ctx.tokenizer, sampler=sampler, observers=chosen.observers
-    )
+
+
+def _tokenizer(chosen: Chosen, ctx: Context) -> Tokenizer | None:
+    if chosen.tokenizer is None:
+        return None
+    tokenizer: Tokenizer = create(chosen.tokenizer, "tokenizer", replace(ctx, options=chosen.tokenizer_options))
+    return tokenizer
 
 
 def plugin_options(
@@ -166,14 +183,14 @@ def _sampler(plugins: Plugins, loaded: Loaded, runner: ModelRunner, ctx: Context
     automatic = "numpy@nanovllm" if kind == "numpy" else kind
     plugin = plugins.load("samplers", automatic if section.type == "auto" else section.type)
     options = plugin_options(plugin, "sampler", section.options, loaded.origins)
-    sampler: Sampler = _create(plugin, "sampler", replace(ctx, options=options))
+    sampler: Sampler = create(plugin, "sampler", replace(ctx, options=options))
     return sampler
 
 
 _TOKENIZER_MEMBERS = ("vocab_size", "eos_ids", "encode", "decode", "token_bytes", "chat")
 
 
-def _create(plugin: LoadedPlugin, kind: str, ctx: Context) -> Any:
+def create(plugin: LoadedPlugin, kind: str, ctx: Context) -> Any:
     """Call `create_<kind>` and check what came back. Raises PluginError."""
     hook = f"create_{kind}"
     if hook not in plugin.hooks:

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 
 class EngineFace:
-    engine: Engine
+    """An engine with a loaded model: what is the same for callers that wait and for asyncio."""
+
+    engine: Engine  # scheduling, KV blocks and sampling; for what neither class offers
     components: Components | None  # what the configuration led to; None if built from components
 
     def __init__(self, model: str | Path | None = None, **overrides: Any) -> None:
@@ -38,14 +40,21 @@ class EngineFace:
 
     @classmethod
     def from_config(cls, config: str | Path | Loaded | None = None, **overrides: Any) -> Self:
-        """From a YAML file or an already loaded configuration."""
+        """From a YAML file, with `overrides` on top, or from an already loaded configuration, without.
+
+        Raises ConfigError, PluginError, ModelError or TokenizerError.
+        """
         face = cls.__new__(cls)
         face._start(*engine_from_config(config, overrides))
         return face
 
     @classmethod
     def from_components(cls, runner: ModelRunner, tokenizer: Tokenizer | None = None, **engine_options: Any) -> Self:
-        """From parts that you built; the runner is owned here from then on. Options are `Engine`'s."""
+        """From parts that you built; the runner is owned here from then on, and closed by `close`.
+
+        Options: `sampler`, `max_num_seqs` and `max_num_batched_tokens` (whole numbers), `prefix_caching`, `eos_ids`,
+        `observers`, `stall_seconds`. Raises ConfigError where the parts do not fit each other.
+        """
         face = cls.__new__(cls)
         face._start(Engine(runner, tokenizer, **engine_options), None)
         return face
@@ -57,16 +66,20 @@ class EngineFace:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer; None where the runner takes text itself."""
         return self.engine.tokenizer
 
     @property
     def info(self) -> RunnerInfo:
+        """The facts of the loaded runner: vocabulary, lengths, KV layout, what it can do."""
         return self.engine.info
 
     def stats(self) -> EngineStats:
+        """Sums since the engine started. From any thread; `a.since(b)` is what came between two of them."""
         return self.engine.stats()
 
     def health(self) -> Health:
+        """Whether the engine takes requests and gets on with them. From any thread."""
         return self.engine.health()
 
 
@@ -82,9 +95,14 @@ def engine_from_config(config: str | Path | Loaded | None, overrides: Mapping[st
     else:
         loaded = load(config, overrides=overrides)
     parts = build(loaded)
-    options = loaded.config
+    return engine_from_parts(parts), parts
+
+
+def engine_from_parts(parts: Components) -> Engine:
+    """An engine around loaded parts, with the options of their configuration. The runner is closed if there is none."""
+    options = parts.loaded.config
     try:
-        engine = Engine(
+        return Engine(
             parts.runner,
             parts.tokenizer,
             sampler=parts.sampler,
@@ -98,4 +116,3 @@ def engine_from_config(config: str | Path | Loaded | None, overrides: Mapping[st
     except BaseException:
         parts.runner.close()
         raise
-    return engine, parts

@@ -23,10 +23,10 @@ from .sequence import Sequence
 from .stats import Phase
 from .tokenizer import Tokenizer, TokenStream
 
+# What changes logits before a token is chosen, so that the largest of the raw ones says nothing.
+ADJUSTING = frozenset(["repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens"])
 # What makes a sample more than the argmax of the raw logits, besides a temperature.
-_NOT_PLAIN = frozenset(
-    ["repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens", "logprobs"]
-)
+_NOT_PLAIN = ADJUSTING | {"logprobs"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ This file knows no command and no engine.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,11 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(sampling={k: v for k, v in sampling.items() if v is not None and v != ()}, **values)
 
     return _with(_SAMPLING, wrapper)
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names of configurations that are compared: a file against itself shows the noise, and is told apart."""
+    return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, 1)]
 
 
 def _with(options: tuple[Callable[..., Any], ...], command: Callable[..., Any]) -> Callable[..., Any]:
