@@ -129,6 +129,24 @@ def test_a_long_prompt_of_one_does_not_hold_up_the_decode_of_another() -> None:
         assert list(second.sequences[0].output_ids) == alone([6] * 400, greedy(3))
 
 
+def test_a_prompt_that_takes_several_calls_is_scored_all_the_same() -> None:
+    """The first answers are empty, because another sequence does not wait for this one's prompt."""
+    params = greedy(2, prompt_logprobs=1)
+    slow = MockRunner(script=Script(delay=0.03))
+    with serving(slow, max_num_batched_tokens=32) as served, through(served.url) as remote:
+        engine = remote.engine
+        engine.add(Request(prompt=[5] * 4, params=greedy(40)))
+        engine.step()
+        scored = engine.add(Request(prompt=[6, 7] * 200, params=params))
+        done = []
+        while not done:
+            done = [d.output for d in engine.step() if d.output is not None and d.request_id == scored.request_id]
+        assert (done[0].error, len(served.steps) > 3) == (None, True)
+        with LLM.from_config(None, runner="mock") as local:
+            (want,) = local.generate([[6, 7] * 200], params)
+        assert scored.output(done).prompt_logprobs == want.prompt_logprobs
+
+
 # ------------------------------------------------------------------------------------ what goes wrong
 
 

@@ -95,6 +95,7 @@ class StepRunner(ModelRunner):
     def close(self) -> None:
         if self._transport is not None:
             self._servers.release(self._transport, None)
+            self._transport = None
         self._servers.close()
 
     # ------------------------------------------------------------------------------------- servers
@@ -128,7 +129,9 @@ class StepRunner(ModelRunner):
     def _ask(self, s: ScheduledSeq, known: int | None) -> wire.Ask:
         length = len(s.context)
         if known is not None:
-            return wire.Ask(s.seq_id, length, s.context[known:].tolist(), None)
+            # Asked again, because it was still computing the prompt: the scores come with the first token.
+            unscored = s.context[1:].tolist() if length == s.num_prompt else ()
+            return wire.Ask(s.seq_id, length, s.context[known:].tolist(), None, unscored)
         start = wire.start_of(s.sampling, s.num_prompt, s.cache_salt, is_resumed=length > s.num_prompt)
         return wire.Ask(s.seq_id, length, s.context.tolist(), start)
 

@@ -68,6 +68,9 @@ class Ask(NamedTuple):
     at: int  # tokens: prompt and generated; the token wanted is the one behind them
     token_ids: Sequence[int]  # the last ones of these; all of them with a `start`
     start: Start | None  # None: the server knows it
+    unscored: Sequence[
+        int
+    ] = ()  # not sent: prompt tokens whose log-probabilities a server that knows it may answer with
 
 
 class Step(NamedTuple):
@@ -275,7 +278,7 @@ def _pair(value: Any) -> tuple[Any, Any]:
 
 def _read_prompt_logprobs(data: Any, ask: Ask, key: str) -> list[TokenLogprob]:
     where = f"prompt_logprobs.{key}"
-    scored = [] if ask.start is None else ask.token_ids[1 : ask.start.num_prompt]
+    scored = ask.unscored if ask.start is None else ask.token_ids[1 : ask.start.num_prompt]
     if not isinstance(data, list) or len(data) not in (0, len(scored)):
         raise WireError(f"{where} does not hold one for each of {len(scored)} tokens")
     return [_read_logprob(item, token, where) for item, token in zip(data, scored, strict=False)]
