@@ -31,7 +31,10 @@ MODELS = {
     "llama": LLAMA | LONG | {"hidden_size": 96, "intermediate_size": 200},  # inputs that no block divides
     "qwen3": QWEN3 | LONG,
     "mixtral": LLAMA | LONG | {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2},
-} | {name: VARIANTS[name] | LONG for name in ("falcon-rw-alibi", "gemma2", "qwen2_moe-window")}
+} | {
+    name: VARIANTS[name] | LONG
+    for name in ("falcon-rw-alibi", "gemma2", "granitemoe-32-experts-top-8-tied", "qwen2_moe-window")
+}
 KINDS = ("fp32", "int8", "int4", "int4-128")
 CASES = [(name, kind) for name in MODELS for kind in KINDS if kind != "int4-128" or "experts" not in str(MODELS[name])]
 NUM_BLOCKS = 800  # of 4 tokens

@@ -82,7 +82,7 @@ class Modules:
         p = g.op("Softmax", self._small(x, f"{name}.router"), axis=-1)
         shares, chosen = g.ops("TopK", p, g.constant([k]), axis=-1, names=[f"{name}.shares", f"{name}.chosen"])
         if spec.normalised:
-            shares = g.op("Div", shares, g.op("ReduceSum", shares, g.constant([1])))
+            shares = g.op("Div", shares, self._sum(shares, k, f"{name}.share"))
 
         # 2. The pairs, numbered token * k + choice, by expert and then by number: (num_experts, n * k) is
         # True where the pair is the expert's, and NonZero walks it row by row.
@@ -105,11 +105,16 @@ class Modules:
         y = g.op("Gather", g.op("Concat", *done, axis=0), row_of_pair, axis=0)
         y = g.op("Reshape", y, g.constant([-1, k, self.tensors[f"{name}.router.weight"].shape[1]]))
         y = g.op("Mul", y, g.op("Unsqueeze", shares, g.constant([2])))
-        y = g.op("ReduceSum", y, g.constant([1]), keepdims=0)  # (n, hidden)
+        y = g.op("Squeeze", self._sum(y, k, f"{name}.term"), g.constant([1]))  # (n, hidden)
         if spec.shared is None:
             return y
         gate = g.op("Sigmoid", self._small(x, f"{name}.shared_gate"))
         return g.op("Add", y, g.op("Mul", self.feed_forward(x, f"{name}.shared", spec.shared), gate))
+
+    def _sum(self, x: str, k: int, name: str) -> str:
+        """(n, k, ...) -> (n, 1, ...), term by term: ReduceSum adds in another order where n is 1."""
+        names = [f"{name}.{i}" for i in range(k)]
+        return self.graph.op("Sum", *self.graph.ops("Split", x, self.graph.constant([1] * k), axis=1, names=names))
 
     def _small(self, x: str, name: str) -> str:
         """A linear of few outputs that decide much: always in float."""
