@@ -16,29 +16,13 @@ from numpy.typing import NDArray
 from scipy import special, stats
 
 from nanovllm import rng, sampler
-from nanovllm.batch import Sampled, SampleRow, Sampling, TokenLogprob
+from nanovllm.batch import Sampled, SampleRow, TokenLogprob
 from nanovllm.request import SamplingParams
 from nanovllm.sampler import NumpySampler
+from nanovllm.testing.sampler_rows import make_row
 
 INF = math.inf
 ALMOST_ONE = 1 - 2.0**-53  # the largest number that rng.uniforms gives
-
-
-def make_row(
-    params: SamplingParams,
-    uniform: float = 0.5,
-    context: Sequence[int] = (0,),
-    num_prompt: int = 1,
-    mask: Sequence[bool] | None = None,
-    stop_ids: Sequence[int] = (),
-    target: int | None = None,
-) -> SampleRow:
-    is_greedy = params.temperature == 0 and params.changed() <= {"temperature"} and mask is None
-    allowed = None if mask is None else np.array(mask, bool)
-    sampling = Sampling(params, (), frozenset(stop_ids), 0, 0, is_greedy, allowed)
-    ids = np.array(context, np.int32)
-    ids.setflags(write=False)
-    return SampleRow(sampling, ids, num_prompt, uniform, target)
 
 
 def run(logits: Any, rows: Sequence[SampleRow]) -> Sampled:
@@ -305,6 +289,11 @@ def test_top_p_is_of_what_top_k_left() -> None:
     logits = [math.log(p) for p in (0.36, 0.27, 0.2, 0.17)]
     assert one(logits, SamplingParams(top_p=0.4), uniform=ALMOST_ONE) == 1
     assert one(logits, SamplingParams(top_p=0.4, top_k=2), uniform=ALMOST_ONE) == 0
+
+
+def test_top_k_alone_drops_no_token_that_is_too_small_to_change_the_sum() -> None:
+    assert one([0.0, 50.0, -1.0], SamplingParams(top_k=2), uniform=0.0) == 0
+    assert one([0.0, 50.0, -1.0], SamplingParams(top_k=2, top_p=0.99), uniform=0.0) == 1
 
 
 def test_temperature_comes_before_the_filters() -> None:

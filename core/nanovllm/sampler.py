@@ -241,8 +241,9 @@ def _num_inside(cumulative: Doubles, top_p: Doubles, total: Doubles) -> Ids:
     """How many tokens, best first, reach top_p × total: (r, 1). m + 1 where all m do not.
 
     `cumulative` (r, m) weights, best first. The token that crosses top_p is inside: one more than do not reach it.
+    A top_p of 1 drops none, not even one that is too small to change the sum.
     """
-    inside: Ids = 1 + np.count_nonzero(cumulative < top_p * total, axis=1, keepdims=True)
+    inside: Ids = 1 + np.count_nonzero((cumulative < top_p * total) | (top_p == 1), axis=1, keepdims=True)
     return inside
 
 

@@ -270,7 +270,8 @@ def _weigher(x: Tensor, rows: Sequence[SampleRow]) -> Callable[[Tensor], Tensor]
 
 def _num_inside(cumulative: Tensor, rows: Sequence[SampleRow], total: Tensor) -> Tensor:
     """How many tokens, best first, reach top_p * total: (r, 1). The one that crosses it is inside."""
-    return 1 + (cumulative < _column(rows, lambda p: p.top_p, cumulative) * total).sum(1, keepdim=True)
+    top_p = _column(rows, lambda p: p.top_p, cumulative)
+    return 1 + ((cumulative < top_p * total) | (top_p == 1)).sum(1, keepdim=True)  # 1 drops none, however small
 
 
 def _invert(weights: Tensor, rows: Sequence[SampleRow]) -> Tensor:
