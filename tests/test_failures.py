@@ -20,11 +20,11 @@ from engine_support import (
     greedy,
     make_engine,
 )
-from nanovllm.batch import Batch, Sampled, SeqOutput
+from nanovllm.batch import Batch, Packed, Sampled, SeqOutput
 from nanovllm.builtin.mock import MockRunner, Script, expected
 from nanovllm.builtin.simple_bpe import SimpleBPETokenizer
 from nanovllm.engine import MAX_FAILED_STEPS, Engine
-from nanovllm.errors import EngineClosed, EngineDead, RunnerDead
+from nanovllm.errors import EngineClosed, EngineDead, RunnerDead, RunnerError
 from nanovllm.request import Finish, SamplingParams
 from nanovllm.sampler import NumpySampler
 
@@ -209,13 +209,46 @@ def test_a_step_that_fails_ends_its_sequences_and_no_other(how: str) -> None:
     assert engine.stats().num_failed_steps == 1
 
 
-def test_too_few_rows_of_logits_fail_the_step_with_the_numbers() -> None:
-    engine = make_engine(MockRunner(script=Script(short_steps=[1])))
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda logits: logits[:-1], "logits of shape (2, 125) where 3 rows of 125 were asked for"),
+        (lambda logits: logits[:, 1:], "logits of shape (3, 124) where 3 rows of 125 were asked for"),
+        (lambda logits: logits[0], "logits of shape (125,) where 3 rows of 125 were asked for"),
+        (lambda logits: logits[None], "logits of shape (1, 3, 125) where 3 rows of 125 were asked for"),
+        (lambda logits: logits.astype(np.int32), "logits of type int32, which is not a floating-point type"),
+        (lambda logits: logits.tolist(), "returned a list, not an array of logits"),
+        (lambda logits: None, "returned a NoneType, not an array of logits"),
+    ],
+)
+def test_what_are_no_logits_of_the_step_fail_it_with_the_numbers(change: Callable[[Any], Any], says: str) -> None:
+    class Changed(MockRunner):
+        is_right = False
+
+        def forward(self, packed: Packed) -> Any:
+            logits = super().forward(packed)
+            return logits if self.is_right else change(logits)
+
+    runner = Changed()
+    engine = make_engine(runner)
     tickets = [ask(engine, p) for p in OTHERS]
     answers = drive(engine)
-    assert all("2 rows of logits where 3" in (answers.of(t).error or "") for t in tickets)
+    assert all((answers.of(t).error or "").endswith(says) for t in tickets)
+    runner.is_right = True
     again = ask(engine, PROMPT)
     assert drive(engine).ids(again) == expected(PROMPT, 8)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
+def test_logits_of_any_floating_point_type_are_taken(dtype: Any) -> None:
+    class Other(MockRunner):
+        def forward(self, packed: Packed) -> Any:
+            return super().forward(packed).astype(dtype)
+
+    engine = make_engine(Other())
+    ticket = ask(engine, PROMPT)
+    done = drive(engine).of(ticket)
+    assert (done.error, len(done.token_ids)) == (None, 8)
 
 
 def test_failures_in_a_row_kill_the_engine_and_others_do_not() -> None:
@@ -525,7 +558,7 @@ def test_close_ends_what_lives_even_if_the_runner_cannot() -> None:
     ticket = ask(engine, PROMPT)
     answers = Answers()
     answers.take(engine.step())
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RunnerError, match="the runner failed to close: RuntimeError: cannot close"):
         engine.close()
     answers.take(engine.take_deltas())
     assert answers.of(ticket).finish is Finish.ABORT

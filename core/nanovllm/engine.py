@@ -356,13 +356,16 @@ class Engine:
         self._is_stepping = False
 
     def close(self) -> None:
-        """Abort what is live and close the runner. Safe to call twice."""
+        """Abort what is live and close the runner. Raises RunnerError if it cannot. Safe to call twice."""
         if not self._is_closed:
             self._is_closed = True
             try:
                 self._end_all(Finish.ABORT)
             finally:
-                self.runner.close()
+                try:
+                    self.runner.close()
+                except Exception as e:
+                    raise RunnerError(f"the runner failed to close: {_sentence(e)}") from e
 
     # ------------------------------------------------------------------------------------- facts
 

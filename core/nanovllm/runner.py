@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 
 class Sampler(Protocol):
+    """Draws tokens from logits. A runner that samples natively names its kind in `RunnerInfo.sampler`."""
+
     def sample(self, logits: Any, rows: Sequence[SampleRow]) -> Sampled:
         """Draw one token per row.
 
@@ -52,7 +54,7 @@ class ModelRunner(ABC):
         """Make a blocked `execute` return at once. Thread-safe."""
 
     def close(self) -> None:  # noqa: B027 (nothing to do by default)
-        """Free everything. Called once; no other call follows."""
+        """Free everything. No other call follows, but this one may come again."""
 
 
 class LogitsRunner(ModelRunner):
@@ -67,12 +69,29 @@ class LogitsRunner(ModelRunner):
     def execute(self, batch: Batch) -> list[SeqOutput]:
         logits = self.forward(batch.packed)
         rows = _sample_rows(batch)
-        if len(logits) != len(rows):
-            raise RunnerError(f"the runner returned {len(logits)} rows of logits where {len(rows)} were asked for")
+        _check(logits, len(rows), self.info.vocab_size)
         if not rows:
             return [SeqOutput()] * len(batch.seqs)
         assert self.sampler is not None, "the engine sets the sampler before the first step"
         return _outputs(batch, rows, self.sampler.sample(logits, rows))
+
+
+def _check(logits: Any, num_rows: int, vocab_size: int | None) -> None:
+    """Raises RunnerError for what is not so many rows of logits, by facts of the array that no device is asked for."""
+    shape, dtype = getattr(logits, "shape", None), getattr(logits, "dtype", None)
+    if shape is None or dtype is None:
+        raise RunnerError(f"the runner returned a {type(logits).__name__}, not an array of logits")
+    if len(shape) != 2 or shape[0] != num_rows or vocab_size not in (None, shape[1]):
+        raise RunnerError(
+            f"the runner returned logits of shape {tuple(shape)} where {num_rows} rows of {vocab_size} were asked for"
+        )
+    if not is_floating(dtype):
+        raise RunnerError(f"the runner returned logits of type {dtype}, which is not a floating-point type")
+
+
+def is_floating(dtype: Any) -> bool:
+    """Of any library's arrays: by numpy's kind, or by the name, which they all have in common."""
+    return getattr(dtype, "kind", None) == "f" or "float" in str(dtype)
 
 
 def _sample_rows(batch: Batch) -> list[SampleRow]:

@@ -76,4 +76,5 @@ class OnnxRunner(LogitsRunner):
         return logits[: len(packed.rows)]
 
     def close(self) -> None:
-        del self._bindings, self._session, self._pool
+        for name in ("_bindings", "_session", "_pool"):
+            vars(self).pop(name, None)

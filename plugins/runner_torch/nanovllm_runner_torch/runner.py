@@ -81,7 +81,8 @@ class TorchRunner(LogitsRunner):
             raise RunnerDead(f"{self._device} failed: {str(e).splitlines()[0]}", hint="start again") from e
 
     def close(self) -> None:
-        del self._model, self._pool
+        for name in ("_model", "_pool"):
+            vars(self).pop(name, None)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -98,7 +98,7 @@ class LanesRunner(LogitsRunner):
         self._keeper.drop(lane)
 
     def close(self) -> None:
-        del self._keeper
+        vars(self).pop("_keeper", None)
 
     def _cut(self, works: list[Work]) -> tuple[list[Work], list[Work]]:
         """What is computed now, and what follows of the works that are too long for one run."""
