@@ -13,9 +13,11 @@ from click.testing import CliRunner, Result
 from nanovllm.bench import show, tables
 from nanovllm.bench.child import Child, ChildFailed, Contestant
 from nanovllm.bench.compare import Comparison, compare
+from nanovllm.bench.worker import own_engine
 from nanovllm.bench.workload import Job, Workload
 from nanovllm.builtin.mock import expected
 from nanovllm.cli import cli
+from nanovllm.config import load
 
 WORKLOAD = Workload(name="two", jobs=(Job((5, 6), 2), Job((7,), 3)), prefill=(1,) * 40, decode=(2, 3))
 
@@ -150,6 +152,13 @@ def test_closing_ends_a_child_that_is_busy() -> None:
     assert busy._process.returncode is not None
 
 
+def test_what_lies_in_the_working_directory_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("numpy.py").write_text("raise SystemExit('a stranger')")
+    compared_here = compared(*(own_engine(name, load(overrides={"runner": "mock"}).config) for name in "ab"))
+    assert compared_here.failures == {}
+
+
 def test_what_libraries_print_does_not_reach_the_protocol() -> None:
     program = """
 import os, sys
@@ -266,7 +275,7 @@ def test_a_configuration_that_cannot_run_is_one_sentence_and_status_5(
         (["a.yaml"], "bench takes one configuration by --config, and a.yaml was given without it"),
         (["--compare", "a.yaml", "none.yaml"], "configuration file none.yaml cannot be read"),
         (["--compare", "a.yaml", "b.yaml", "-c", "a.yaml"], "--compare and --config both name configurations"),
-        (["--compare", "a.yaml", "b.yaml", "--plot", "x.svg"], "--plot draws the latencies of one engine"),
+        (["--compare", "a.yaml", "b.yaml", "--plot", "x.svg"], "--plot shows one engine"),
         (["--plot", "x.png"], "--plot writes SVG, not 'x.png'"),
         (["--runs", "0"], "0 is not in the range"),
         (["--num-requests", "0"], "0 is not in the range"),

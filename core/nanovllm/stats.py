@@ -15,7 +15,7 @@ class Phase(NamedTuple):
     name: str
     start: float  # seconds by the engine's clock
     duration: float  # seconds
-    num_tokens: int
+    num_tokens: int  # that it worked on; sequences, for the stages sample and detokenize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,22 +28,25 @@ class StepStats:
     forward_seconds: float  # the runner's time without sampling
     sample_seconds: float
     advance_seconds: float  # appending, detokenizing, stop strings, committing
-    num_seqs: int
-    num_prefill_tokens: int
-    num_decode_tokens: int
-    num_running: int
-    num_waiting: int
+    num_seqs: int  # sequences in the batch
+    num_prefill_tokens: int  # all others: of prompts, and what is computed again
+    num_decode_tokens: int  # computed one per sequence, behind its prompt
+    num_running: int  # sequences that hold a lane
+    num_waiting: int  # sequences that wait for one
     num_preemptions: int  # since the engine started
     kv_blocks_used: int | None  # None unless the runner's KV is paged
-    kv_blocks_total: int | None
+    kv_blocks_total: int | None  # the pool
     error: str | None = None  # why the step failed, if it did
 
     @property
     def prefill_seconds(self) -> float:
-        return self.forward_seconds * self.num_prefill_tokens / max(1, self.num_prefill_tokens + self.num_decode_tokens)
+        """The part of the forward pass that is its prefill tokens'."""
+        share = self.num_prefill_tokens / max(1, self.num_prefill_tokens + self.num_decode_tokens)
+        return self.forward_seconds * share  # in this order: a share of 1 leaves exactly nothing to decode
 
     @property
     def decode_seconds(self) -> float:
+        """The rest of the forward pass."""
         return self.forward_seconds - self.prefill_seconds
 
     @property
@@ -85,6 +88,7 @@ class EngineStats:
         return EngineStats(**{f.name: getattr(self, f.name) - getattr(before, f.name) for f in fields(self)})
 
     def plus(self, step: StepStats) -> EngineStats:
+        """These sums with one more step."""
         return replace(
             self,
             num_steps=self.num_steps + 1,
@@ -100,10 +104,12 @@ class EngineStats:
 
     @property
     def prefill_tokens_per_second(self) -> float | None:
+        """Prefill tokens over the time of their forward passes; None before the first."""
         return self.num_prefill_tokens / self.prefill_seconds if self.prefill_seconds > 0 else None
 
     @property
     def decode_tokens_per_second(self) -> float | None:
+        """Decode tokens over the time of their forward passes; None before the first."""
         return self.num_decode_tokens / self.decode_seconds if self.decode_seconds > 0 else None
 
 

@@ -12,6 +12,7 @@
     tables.py    tables, for terminals and as Markdown
     show.py      reports and comparisons as such tables
     plot.py      latencies as SVG
+    trace.py     what an engine did, step by step, as a trace for Perfetto
 
 Nothing here is imported by the rest of the core.
 """

@@ -14,6 +14,7 @@ from .workload import Job, Workload
 
 if TYPE_CHECKING:
     from ..engine import Engine
+    from .trace import Tracer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +92,11 @@ def measure(
     describe: Callable[[Engine], dict[str, Any]],
     clock: Callable[[], float] = time.perf_counter,
     on_progress: Callable[[str], None] = lambda text: None,
+    tracer: Tracer | None = None,
 ) -> Report:
     """Load an engine, warm it up, and take every figure `runs` times. Closes the engine.
+
+    `tracer` sees one more run of the workload, after the measured ones: it costs none of them anything.
 
     `workload_for` gets the vocabulary's size and the length of the longest sequence. Raises what loading does,
     RequestError for a workload that the engine cannot run, RequestFailed if a request ended in an error.
@@ -125,7 +129,11 @@ def measure(
             whole.append(done[-1])
             grown = grown or memory.resident()
         manager = engine.scheduler.manager
-        subject = describe(engine)
+        subject, peak = describe(engine), memory.peak()
+        if tracer is not None:
+            on_progress("one more run, traced")
+            engine.observe(tracer)
+            bench.run(workload.jobs)
     finally:
         engine.close()
     throughput = Rate.of(samples["throughput"])
@@ -146,7 +154,7 @@ def measure(
         gap=_percentiles(gap for run in whole for _, gap in run.gaps),
         queue=_percentiles(r.queue_time for r in requests),
         steps=_steps(whole),
-        memory=Memory(base=base, loaded=loaded, per_request=per_request, peak=memory.peak()),
+        memory=Memory(base=base, loaded=loaded, per_request=per_request, peak=peak),
         cache=Cache(
             num_blocks=None if manager is None else manager.num_blocks,
             max_blocks=None if manager is None else max(r.max_blocks or 0 for r in whole),

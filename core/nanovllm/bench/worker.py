@@ -6,7 +6,7 @@
     child -> parent   {"seconds": 1.5, "tokens": [[...], ...], "peak_memory": 104857600}
 
 Any answer may be {"error": "one sentence"} instead. The end of the child's stdin ends it. Whatever libraries
-print goes to stderr, so it cannot break the protocol. `python -m nanovllm.bench.worker` serves our own engine;
+print goes to stderr, so it cannot break the protocol. Run as a module it serves our own engine;
 the scripts in benchmarks/peers/ call `serve` with other people's.
 """
 
@@ -84,11 +84,12 @@ def _sentence(e: Exception) -> str:
 
 def own_engine(name: str, config: Config) -> Contestant:
     """Our engine with this configuration, in a child."""
+    from ..child import RUN
     from ..config import leaves
 
     return Contestant(
         name=name,
-        command=(sys.executable, "-m", "nanovllm.bench.worker"),
+        command=(sys.executable, "-c", RUN, "nanovllm.bench.worker", "", *sys.path),
         settings={"overrides": dict(leaves(config))},
     )
 

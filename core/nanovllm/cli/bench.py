@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import EngineCommand, engine_options
+from .options import EngineCommand, distinct, engine_options
 from .terminal import echo
 
 if TYPE_CHECKING:
     from ..bench.compare import Comparison
     from ..bench.report import Report
+    from ..bench.trace import Tracer
     from ..bench.workload import Workload
     from ..config import Loaded
     from ..engine import Engine
@@ -54,9 +56,12 @@ def _lengths(ctx: click.Context, param: click.Parameter, value: str | None) -> t
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write a JSON document.")
 @click.option("--markdown", "markdown_file", type=click.Path(path_type=Path), help="Also write Markdown.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Also draw the latencies, as FILE.svg.")
+@click.option("--trace", "trace_file", type=click.Path(path_type=Path),
+              help="Also trace one more run for Perfetto, as FILE.json or FILE.json.gz.")  # fmt: skip
 def bench(
     configs: tuple[Path, ...], loaded: Loaded, is_comparison: bool, runs: int | None, timeout: float, style: str,
-    json_file: Path | None, markdown_file: Path | None, plot_file: Path | None, **drawing: Any,
+    json_file: Path | None, markdown_file: Path | None, plot_file: Path | None, trace_file: Path | None,
+    **drawing: Any,
 ) -> None:  # fmt: skip
     """Measure speed, latencies, engine overhead and memory.
 
@@ -64,6 +69,7 @@ def bench(
     sequence; the throughput is that of all requests sent at once. docs/benchmarking.md defines every figure.
     """
     from ..bench import show, tables
+    from ..bench.trace import Tracer
     from ..errors import ConfigError
 
     if configs and not is_comparison:
@@ -73,13 +79,17 @@ def bench(
         )
     if plot_file is not None and plot_file.suffix != ".svg":
         raise ConfigError(f"--plot writes SVG, not {plot_file.name!r}", hint="give it a name that ends in .svg")
-    for path in (json_file, markdown_file, plot_file):
+    if trace_file is not None and not trace_file.name.endswith((".json", ".json.gz")):
+        raise ConfigError(f"--trace writes JSON, not {trace_file.name!r}", hint="let its name end in .json or .json.gz")
+    for path in (json_file, markdown_file, plot_file, trace_file):
         if path is not None and not path.parent.is_dir():  # said now, not after an hour of measuring
             raise ConfigError(f"{path} cannot be written: there is no directory {path.parent}")
     workload_for = _workload_source(**drawing)
+    tracer = Tracer() if trace_file is not None else None
     if is_comparison:
-        if plot_file is not None:
-            raise ConfigError("--plot draws the latencies of one engine", hint="leave --compare away")
+        for option, path in (("--plot", plot_file), ("--trace", trace_file)):
+            if path is not None:
+                raise ConfigError(f"{option} shows one engine", hint="leave --compare away")
         if click.get_current_context().params["config_file"] is not None:
             raise ConfigError("--compare and --config both name configurations", hint="write --compare A.yaml B.yaml")
         comparison = _compare(configs, loaded, workload_for, runs or 5, timeout)
@@ -87,7 +97,7 @@ def bench(
         seed_parts = show.comparison_seed_tables(comparison)
         document, failures = comparison.to_json(), comparison.failures
     else:
-        report = _measure(loaded, workload_for, runs or 3)
+        report = _measure(loaded, workload_for, runs or 3, tracer)
         heading, parts = show.report_heading(report), show.report_tables(report)
         seed_parts = show.report_seed_tables(report)
         document, failures = report.to_json(), {}
@@ -105,6 +115,10 @@ def bench(
         from ..bench.plot import svg
 
         _write(plot_file, svg(report.last_run, heading.splitlines()[0]))
+    if trace_file is not None and tracer is not None:
+        with _writing(trace_file):
+            tracer.write(trace_file, {"machine": report.machine, "workload": report.workload, **report.subject})
+        click.echo(f"trace of {tracer.num_steps} steps: {trace_file}; open it at https://ui.perfetto.dev", err=True)
     if failures:
         from ..bench.child import ChildFailed
 
@@ -136,7 +150,9 @@ def _workload_source(
     return (PRESETS[preset] if preset is not None else Drawn(**given)).workload
 
 
-def _measure(loaded: Loaded, workload_for: Callable[[int | None, int], Workload], runs: int) -> Report:
+def _measure(
+    loaded: Loaded, workload_for: Callable[[int | None, int], Workload], runs: int, tracer: Tracer | None
+) -> Report:
     from ..bench.report import measure
     from ..face import engine_from_config
 
@@ -154,8 +170,9 @@ def _measure(loaded: Loaded, workload_for: Callable[[int | None, int], Workload]
         }
 
     return measure(
-        lambda: engine_from_config(loaded, {})[0], workload_for, runs=runs, describe=describe, on_progress=_progress
-    )
+        lambda: engine_from_config(loaded, {})[0], workload_for, runs=runs, describe=describe, on_progress=_progress,
+        tracer=tracer,
+    )  # fmt: skip
 
 
 def _compare(
@@ -174,13 +191,9 @@ def _compare(
             hint="for example: nanovllm bench --compare a.yaml b.yaml",
         )
     flags = {k: v for k, v in leaves(loaded.config) if loaded.origins.get(k) in ("command line", "--set")}
-    names = [str(file) for file in files]
     contestants = [
-        own_engine(
-            name if names.count(name) == 1 else f"{name} ({i + 1})",  # a file against itself shows the noise
-            load(file, overrides=flags, override_origin="command line").config,
-        )
-        for i, (name, file) in enumerate(zip(names, files, strict=True))
+        own_engine(name, load(file, overrides=flags, override_origin="command line").config)
+        for name, file in zip(distinct([str(file) for file in files]), files, strict=True)
     ]
     return compare(contestants, workload_for, runs=runs, timeout=timeout, on_progress=_progress)
 
@@ -191,9 +204,15 @@ def _progress(text: str) -> None:
 
 
 def _write(path: Path, text: str) -> None:
+    with _writing(path):
+        path.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
     from ..errors import ConfigError
 
     try:
-        path.write_text(text, encoding="utf-8")
+        yield
     except OSError as e:
         raise ConfigError(f"{path} cannot be written: {e.strerror or e}") from None
