@@ -3,6 +3,8 @@
 # The interpreter that makes .venv (3.10 or newer), and options for pytest or the server.
 PYTHON ?= python3
 ARGS ?=
+# The release that `make bump` prepares.
+VERSION ?=
 # The runner of `make demo`, `make serve-demo` and `make onefile`: numpy, or onnx, which gets an environment of its own.
 RUNNER ?= numpy
 
@@ -15,18 +17,19 @@ NANOVLLM := $(VENV)/bin/nanovllm
 LIGHT_PLUGINS := plugins/models plugins/runner_$(RUNNER) plugins/tokenizers
 SERVER_PLUGINS := $(LIGHT_PLUGINS) plugins/runner_http plugins/server
 PLUGINS := plugins/models plugins/runner_http plugins/runner_numpy plugins/runner_onnx plugins/runner_torch plugins/server plugins/tokenizers
-PROJECTS := pyproject.toml $(PLUGINS:%=%/pyproject.toml)
+PROJECTS := pyproject.toml $(PLUGINS:%=%/pyproject.toml) examples/runner_jax/pyproject.toml
 # Three stamps in .venv: the packages with what they need to run, the server besides, and all with what tests and checks need.
 LIGHT := $(VENV)/light.stamp
 SERVER := $(VENV)/server.stamp
 DEV := $(VENV)/dev.stamp
 
-.PHONY: help all demo serve-demo simple-demo ask test test-slow check lint vet fmt browser bench build onefile clean
+.PHONY: help all demo serve-demo simple-demo ask generic-runner test test-slow check lint vet fmt tidy browser bench \
+	build onefile docs bump clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-22s %s\n", $$1, $$2 }'
 
 all: check test  ## check and test
 
@@ -43,6 +46,9 @@ simple-demo: $(LIGHT)  ## the engine without a model: the built-in mock runner a
 
 ask: $(LIGHT)  ## make ask Q="What is the capital of Peru?"
 	@$(NANOVLLM) ask "$(or $(Q),What is the capital of Peru?)"
+
+generic-runner: $(LIGHT)  ## what a model is and whether it runs here: make generic-runner MODEL=DIRECTORY
+	@$(NANOVLLM) inspect $(or $(MODEL),demo)
 
 test: $(DEV)  ## run the tests
 	$(RUN) -m pytest $(ARGS)
@@ -63,6 +69,9 @@ fmt: $(DEV)  ## format the code and mend what ruff can mend
 	$(RUN) -m ruff check --fix-only .
 	$(RUN) -m ruff format .
 
+tidy: $(DEV)  ## bring .venv up to date with every pyproject.toml, and check that its packages agree
+	$(PIP) check
+
 browser:  ## Debian's Chromium and its driver, without which the tests of the page are skipped
 	@command -v chromium > /dev/null && command -v chromedriver > /dev/null \
 		|| (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver)
@@ -79,8 +88,14 @@ onefile: build  ## dist/nanovllm-RUNNER.pyz: all of nanovllm[RUNNER] in one file
 	$(VENV)/bin/shiv --quiet --console-script nanovllm --output-file dist/nanovllm-$(RUNNER).pyz \
 		--find-links dist 'nanovllm[$(RUNNER)]'
 
+docs: $(DEV)  ## the documentation site, strictly, into site/
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+bump: $(LIGHT)  ## make bump VERSION=0.2.0: one version and one promise in all distributions, the day in the changelog
+	$(RUN) scripts/bump.py $(VERSION)
+
 clean:  ## remove the environments and everything that was built or cached
-	rm -rf .venv .venv-onnx dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-onnx dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(RUN):
