@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
+
+from generated import DOCS, write
 
 from nanovllm_server.app import ROUTES
 from nanovllm_server.openapi import document
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "server" / "api.md"
+PAGE = DOCS / "server" / "api.md"
 NULL = {"type": "null"}
-START, END = "<!-- generated -->\n", "<!-- end of generated -->"
 
 
 def markdown() -> str:
@@ -101,5 +101,4 @@ def kind(schema: Any, schemas: Any) -> str:
 
 
 if __name__ == "__main__":
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    PAGE.write_text(before + START + markdown() + END + rest.partition(END)[2], encoding="utf-8")
+    write(PAGE, markdown())

@@ -16,7 +16,6 @@ from nanovllm import schema, sources
 from nanovllm.cli import cli
 from nanovllm.config import Config, leaves, load
 from nanovllm.errors import ConfigError
-from support import REPO
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -410,9 +409,3 @@ def test_the_schema_agrees_with_the_loader() -> None:
     assert mock["additionalProperties"] is False
     references = set(re.findall(r'"#/\$defs/([^"]+)"', json.dumps(described)))
     assert references <= set(described["$defs"])
-
-
-def test_the_page_of_the_configuration_is_current() -> None:
-    page = (REPO / "docs" / "configuration.md").read_text(encoding="utf-8")
-    generated = page.partition("<!-- generated -->\n")[2].partition("<!-- end of generated -->")[0]
-    assert generated == schema.markdown(), "run scripts/configuration_docs.py"

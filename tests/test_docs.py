@@ -3,10 +3,12 @@
 In a page, a fenced block is run by its language; all of a page run in order, in one empty directory:
 
     python    in a fresh namespace; a `text` block right after it is what it must print
-    console   its `$ nanovllm ...` lines, in this process; lines below one are what it must print
+    console   its `$ nanovllm ...` lines, in this process; lines below one are what it must print. It must succeed,
+              unless that begins with `error:` or the line ends in `# exit status N`
     yaml      a configuration, checked with the options of the plugins it names. A first line
               `# app.yaml` leaves it in the directory under that name, for later blocks
 
+`<!-- continues -->` above a python block runs it in the namespace of the python block before it.
 In expected output `...` stands for anything inside its line, and alone on a line for any lines; blank lines and
 the width of gaps do not count. `<!-- no-run: reason -->` above a block leaves it alone.
 """
@@ -32,7 +34,8 @@ from support import REPO
 SECONDS = 120  # for one example
 PAGES = sorted([*REPO.glob("*.md"), *REPO.glob("docs/**/*.md"), *REPO.glob("plugins/*/README.md")])
 FENCE = re.compile(
-    r"(?:<!-- no-run: (?P<reason>.+?) -->\n)?^```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^```$(?P<after>\n*)",
+    r"(?:<!-- (?:no-run: (?P<reason>.+?)|(?P<continues>continues)) -->\n)?"
+    r"^```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^```$(?P<after>\n*)",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -42,6 +45,7 @@ class Block(NamedTuple):
     language: str
     body: str
     expected: str | None  # of a python block
+    continues: bool  # a python block, in the namespace of the one before
 
 
 def blocks(page: Path) -> list[Block]:
@@ -53,7 +57,8 @@ def blocks(page: Path) -> list[Block]:
             continue
         prints = following is not None and following["language"] == "text" and following.start() == block.end()
         line = text.count("\n", 0, block.start("body"))
-        out.append(Block(line, block["language"], block["body"], following["body"] if prints else None))
+        expected = following["body"] if prints else None
+        out.append(Block(line, block["language"], block["body"], expected, block["continues"] is not None))
     return out
 
 
@@ -89,11 +94,14 @@ def test_every_example_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     for variable in ("MODEL_PATH", "TOKENIZER_PATH"):
         monkeypatch.delenv(variable, raising=False)
+    namespace: dict[str, object] = {}
     for block in blocks(page):
         where = f"{names(page)}, line {block.line}"
         with time_limit(where):
             if block.language == "python":
-                run_python(block, where)
+                if not block.continues:
+                    namespace = {"__name__": "__main__"}
+                run_python(block, where, namespace)
             elif block.language in ("console", "bash"):
                 run_console(block, where)
             elif block.language == "yaml":
@@ -119,10 +127,10 @@ def time_limit(where: str) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def run_python(block: Block, where: str) -> None:
+def run_python(block: Block, where: str, namespace: dict[str, object]) -> None:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         # Line numbers in a traceback are those of the page.
-        exec(compile("\n" * block.line + block.body, where, "exec"), {"__name__": "__main__"})
+        exec(compile("\n" * block.line + block.body, where, "exec"), namespace)
     if block.expected is not None:
         assert shows(block.expected, printed.getvalue()), f"{where} printed:\n{printed.getvalue()}"
 
@@ -138,8 +146,10 @@ def run_console(block: Block, where: str) -> None:
             continue
         assert words[1:2] not in (["serve"], ["runner-serve"]), f"{where}: {command} would never end; mark it no-run"
         result = CliRunner().invoke(cli, words[1:], env=env, prog_name="nanovllm")
+        said = re.search(r"# exit status (\d+)$", command)
         is_refusal = expected.lstrip().startswith("error:")
-        assert (result.exit_code != 0) == is_refusal, f"{where}: {command}\n{result.output}\n{result.exception!r}"
+        is_expected = result.exit_code == int(said[1]) if said else (result.exit_code != 0) == is_refusal
+        assert is_expected, f"{where}: {command}\n{result.output}\n{result.exception!r}"
         if expected.strip():
             assert shows(expected, result.output), f"{where}: {command} printed:\n{result.output}"
 

@@ -37,6 +37,7 @@ BENCHMARKS = {
     "http_step.py --steps 5 --rounds 1 --seqs 2": ["1.00 calls per step, 1 connection(s), same tokens: True"],
     "prefix_cache.py --rounds 1": ["992 of them found in the cache"],
     "soak.py --requests 100": ["100 requests", "slope"],
+    "trace_cost.py --rounds 1 --full 64": ["us more", "trace.json.gz: ", "64 steps and 16 sequences kept"],
 }
 
 

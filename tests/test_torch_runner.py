@@ -116,7 +116,7 @@ def test_options_arrive_from_the_configuration():
     with LLM("demo", runner={"type": "torch", "dtype": "fp32", "device": "cpu", "threads": 1}) as llm:
         assert llm.info.description["threads"] == 1
         assert llm.info.description["dtype"].endswith("fp32 in memory")
-    with pytest.raises(ConfigError, match=r"tensor_parallel_size.*must be 1.*comes in an issue of its own"):
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size.*must be 1.*is not implemented"):
         LLM("demo", runner="torch", tensor_parallel_size=2)
 
 

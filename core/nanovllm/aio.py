@@ -171,6 +171,7 @@ class AsyncLLM(EngineFace):
     # ---------------------------------------------------------------------------------- the end
 
     def health(self) -> Health:
+        """Whether the engine takes requests and gets on with them. From any thread."""
         health = super().health()
         return health if self._crash is None else replace(health, is_live=False, is_ready=False, reason=self._crash)
 

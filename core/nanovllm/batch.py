@@ -63,7 +63,7 @@ class RunnerInfo:
     vocab_size: int | None  # width of the logits; None where the runner cannot know (text-only servers)
     max_model_len: int  # positions: prompt + generated
     max_num_seqs: int  # sequences in one batch
-    kv: KVLayout
+    kv: KVLayout  # Paged, Lanes or Remote: where keys and values are kept
     can_chunk: bool = True  # may a prompt be computed in several steps?
     can_resume_prefix: bool = True  # may a sequence start on KV that another one computed?
     batch_invariant: bool = False  # are logits bit-identical for every composition of the batch?
@@ -92,7 +92,7 @@ class Sampling(NamedTuple):
 class ScheduledSeq(NamedTuple):
     """One sequence of a step. Computes KV for context[start:stop]."""
 
-    seq_id: int
+    seq_id: int  # the same in every step
     lane: int  # 0 <= lane < max_num_seqs, held from admission to release or preemption
     context: IntArray  # (len,) int32, prompt + generated so far; read-only
     num_prompt: int  # context[:num_prompt] is the prompt
@@ -118,11 +118,11 @@ class Packed(NamedTuple):
     """
 
     input_ids: IntArray  # (T,)
-    positions: IntArray  # (T,)
+    positions: IntArray  # (T,) where each token stands in its own sequence, from 0
     slots: IntArray  # (T,) where this token's KV goes: block * block_size + offset; empty unless Paged
-    q_start: IntArray  # (S+1,)
-    kv_lens: IntArray  # (S,) = stop
-    lanes: IntArray  # (S,)
+    q_start: IntArray  # (S+1,) where each sequence's tokens begin among the T; the last entry is T
+    kv_lens: IntArray  # (S,) positions that each sequence sees, those of this step included: its `stop`
+    lanes: IntArray  # (S,) the lane that each sequence holds
     tables: IntArray  # (S, max_blocks) block ids, -1 padded; (S, 0) unless Paged
     rows: IntArray  # (R,) indices into [0, T), ascending: the tokens whose logits are wanted
 
@@ -151,10 +151,12 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
+        """T: the tokens computed in this step, over all sequences."""
         return sum(s.stop - s.start for s in self.seqs)
 
     @cached_property
     def packed(self) -> Packed:
+        """The batch as flat arrays."""
         seqs = self.seqs
         lanes = np.array([s.lane for s in seqs], np.int32)  # (S,)
         start = np.array([s.start for s in seqs], np.int32)  # (S,)
@@ -203,7 +205,7 @@ class TokenLogprob(NamedTuple):
 class SeqOutput(NamedTuple):
     """What a step gave one sequence. Nothing at all means that nothing arrived."""
 
-    tokens: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()  # drawn in this step; of a Remote runner, what arrived
     finish: Finish | None = None  # only a Remote runner decides an end by itself
     error: str | None = None  # ends this sequence only
     logprobs: tuple[TokenLogprob, ...] | None = None  # one per token, where asked for

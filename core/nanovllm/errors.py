@@ -1,21 +1,20 @@
 """The errors that nanovllm raises on purpose.
 
-    NanoVLLMError                  everything below; `str(e)` is one sentence, `.hint` the next command
-    ├── ConfigError                a configuration value, its origin, and what is allowed       (exit 2)
-    ├── RequestError               a request refused at the door, with the numbers              (exit 2)
-    │   └── PromptTooLong          its prompt leaves no room for an answer
-    ├── PluginError                a plugin that is missing, clashes, is broken or out of date  (exit 3)
-    ├── ModelError                 a model directory that cannot be used                        (exit 4)
-    │   └── UnsupportedModelError  an architecture or a value that is not implemented
-    ├── TokenizerError             a tokenizer that cannot be loaded or used                    (exit 4)
-    ├── RunnerError                a runner failed a step: that step's requests fail            (exit 5)
-    │   └── RunnerDead             the runner cannot go on: every live request fails
-    ├── RequestFailed              an accepted request ended in an error; carries all outputs   (exit 5)
-    ├── EngineDead                 the engine is unhealthy and takes no more requests           (exit 5)
-    └── EngineClosed               used after close()                                           (exit 5)
+    NanoVLLMError                  exit 1
+    ├── ConfigError                exit 2
+    ├── RequestError               exit 2
+    │   └── PromptTooLong
+    ├── PluginError                exit 3
+    ├── ModelError                 exit 4
+    │   └── UnsupportedModelError
+    ├── TokenizerError             exit 4
+    ├── RunnerError                exit 5
+    │   └── RunnerDead
+    ├── RequestFailed              exit 5: an accepted request ended in an error
+    ├── EngineDead                 exit 5
+    └── EngineClosed               exit 5
 
-This file knows nothing about who raises what. `RequestError` is also a `ValueError`: it is the
-caller's mistake and no state has changed when it is raised.
+This file knows nothing about who raises what.
 """
 
 from __future__ import annotations
@@ -34,7 +33,10 @@ def without_secrets(text: str) -> str:
 
 
 class NanoVLLMError(Exception):
-    """Base of all. `message` names the thing and the cause; `hint` is the next command or edit."""
+    """Base of all that nanovllm raises on purpose.
+
+    `str(error)` is one sentence: `message` names the thing and the cause, `hint` is the next command or edit, or None.
+    """
 
     exit_code = 1
 
@@ -48,39 +50,51 @@ class NanoVLLMError(Exception):
 
 
 class ConfigError(NanoVLLMError):
+    """A value of the configuration that cannot be used: which one, where it came from, and what is allowed."""
+
     exit_code = 2
 
 
 class RequestError(NanoVLLMError, ValueError):
+    """A request refused at the door, with the numbers. Also a ValueError: nothing has run and no state has changed."""
+
     exit_code = 2
 
 
 class PromptTooLong(RequestError):
-    pass
+    """The prompt leaves no room for an answer, in the model or in the KV pool."""
 
 
 class PluginError(NanoVLLMError):
+    """A plugin that is missing, clashes with another, is broken, or is made for another core."""
+
     exit_code = 3
 
 
 class ModelError(NanoVLLMError):
+    """A model directory that cannot be used: the file, what is wrong with it, and the remedy."""
+
     exit_code = 4
 
 
 class UnsupportedModelError(ModelError):
-    pass
+    """An architecture, or a value of a `config.json` that would change the computation, that is not implemented."""
 
 
 class TokenizerError(NanoVLLMError):
+    """A tokenizer that cannot be loaded, or cannot do what is asked of it."""
+
     exit_code = 4
 
 
 class RunnerError(NanoVLLMError):
+    """A runner failed a step: the requests of that step fail, and the engine goes on."""
+
     exit_code = 5
 
 
 class RunnerDead(RunnerError):
-    pass
+    """A runner that no later step can succeed with: every live request fails, and the engine takes no more."""
 
 
 class RequestFailed(NanoVLLMError):
@@ -97,8 +111,12 @@ class RequestFailed(NanoVLLMError):
 
 
 class EngineDead(NanoVLLMError):
+    """The engine has failed for good and takes no more requests; the message says why."""
+
     exit_code = 5
 
 
 class EngineClosed(NanoVLLMError):
+    """Used after `close()`, or ended by it."""
+
     exit_code = 5

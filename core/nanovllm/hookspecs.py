@@ -48,9 +48,9 @@ class Context:
     model: str  # as configured: a directory, a file, or a name
     path: Path | None  # the existing directory or file that `model` names, else None
     tokenizer_path: Path | None = None  # where the tokenizer's files are, if not in the model's directory
-    cache: CacheOptions
-    max_num_seqs: int
-    max_num_batched_tokens: int
+    cache: CacheOptions  # how much memory for keys and values, in which blocks
+    max_num_seqs: int  # sequences in one batch, at most
+    max_num_batched_tokens: int  # tokens in one batch, at most
     max_model_len: int | None  # the user's limit; None = the model's
     threads: int | None  # None = all that this process may use
     tokenizer: Tokenizer | None = None  # the tokenizer, built before the runner; None while it is being built

@@ -32,7 +32,7 @@ MAX_TOKENS = 2**31 - 1  # positions are int32
 
 
 class Finish(str, enum.Enum):
-    """Why a completion ended."""
+    """Why a completion ended. Each is a string: `Finish.STOP == "stop"`."""
 
     STOP = "stop"  # an end-of-sequence id, a stop id or a stop string
     LENGTH = "length"  # max_tokens, or the model's or the KV pool's length
@@ -104,11 +104,11 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One prompt and everything that goes with it. `prompt` is text, token ids or chat messages."""
+    """One prompt and everything that goes with it. Raises RequestError for a value out of range, naming it."""
 
-    prompt: Prompt
+    prompt: Prompt  # text, token ids (a list, or a NumPy array of whole numbers), or chat messages
     params: SamplingParams = field(default_factory=SamplingParams)
-    n: int = 1  # completions of this prompt, sampled independently
+    n: int = 1  # completions of this prompt, sampled independently; at most 128
     priority: int = 0  # lower runs first; first come, first served inside one priority
     cache_salt: str | None = None  # prefixes are shared only between requests with the same salt
     parse_special: bool = False  # may text in the prompt become special tokens?
@@ -158,9 +158,9 @@ class RequestOptions(TypedDict, total=False):
 
 
 class Delta(NamedTuple):
-    """What one step added to one completion."""
+    """What one step, or several that a slow reader let pass, added to one completion."""
 
-    request_id: int
+    request_id: int  # 1, 2, ... in one engine
     completion_index: int  # 0 <= completion_index < n
     text: str  # new text, whole characters only; never a part of a stop string
     token_ids: tuple[int, ...]  # new tokens
@@ -178,7 +178,7 @@ class RequestStats:
     num_prompt_tokens: int
     num_cached_tokens: int  # prompt tokens taken from the prefix cache at first admission
     num_output_tokens: int
-    num_preemptions: int
+    num_preemptions: int  # how often its KV was given to another and computed again
     queue_time: float | None  # arrival -> first scheduled
     ttft: float | None  # arrival -> first token
     tpot: float | None  # mean time per output token after the first
@@ -193,6 +193,7 @@ class RequestStats:
 
     @property
     def decode_tokens_per_second(self) -> float | None:
+        """Output tokens after the first, over the time that they took."""
         return 1 / self.tpot if self.tpot else None
 
 
@@ -200,14 +201,14 @@ class RequestStats:
 class Completion:
     """One finished answer."""
 
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
+    index: int  # 0 <= index < n
+    text: str  # without the stop string, if one ended it
+    token_ids: tuple[int, ...]  # generated tokens, the one that ended it included
     finish: Finish
     stats: RequestStats
     stop_reason: str | int | None = None  # the stop string or id that ended it
-    logprobs: tuple[TokenLogprob, ...] | None = None
-    error: str | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None  # one per token, where asked for
+    error: str | None = None  # set when finish is ERROR
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,29 +218,34 @@ class Output:
     `output["text"]` and `output["token_ids"]` work as in nano-vllm.
     """
 
-    request_id: int
-    prompt_token_ids: tuple[int, ...]
-    completions: tuple[Completion, ...]
+    request_id: int  # 1, 2, ... in one engine
+    prompt_token_ids: tuple[int, ...]  # empty where the runner tokenizes
+    completions: tuple[Completion, ...]  # `n` of them, by index
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # first entry None: nothing precedes it
 
     @property
     def text(self) -> str:
+        """The first completion's text."""
         return self.completions[0].text
 
     @property
     def token_ids(self) -> list[int]:
+        """The first completion's tokens."""
         return list(self.completions[0].token_ids)
 
     @property
     def finish(self) -> Finish:
+        """Why the first completion ended."""
         return self.completions[0].finish
 
     @property
     def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """The first completion's log-probabilities, one per token, where asked for."""
         return self.completions[0].logprobs
 
     @property
     def stats(self) -> RequestStats:
+        """The first completion's times and counts."""
         return self.completions[0].stats
 
     @property

@@ -39,7 +39,7 @@ NO_EFFECT_OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
     "tensor_parallel_size": (
         lambda v: type(v) is int and v == 1,
         "1",
-        "one process runs the model; tensor parallelism comes in an issue of its own",
+        "one process runs the model; tensor parallelism is not implemented",
     ),
 }
 # The build tags of nano-vllm-go.

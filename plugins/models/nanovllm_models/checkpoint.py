@@ -32,7 +32,9 @@ _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "b
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    path: Path
+    """What `load_checkpoint` found. Weights are views into the mapped files: nothing is read before it is used."""
+
+    path: Path  # the directory
     spec: DecoderSpec
     weights: Mapping[str, Tensor]  # canonical name -> view; exactly the names of spec.shapes()
     info: ModelInfo
@@ -43,6 +45,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
+        """For people: of model_info.json, else the directory's."""
         return self.info.model_name
 
     @property

@@ -1,39 +1,5 @@
 """What a decoder IS, as frozen data: the contract that every runtime reads.
 
-The NumPy runner interprets a `DecoderSpec`, a graph emitter or a module builder translates it. The
-forward pass that it stands for, for token ids at positions p (all modules in the sense of x @ W.T + b):
-
-    x = embed.tokens[ids] * embedding_scale (+ embed.positions[p])
-    for each layer i:
-        h = attn_norm(x)                                            if block.pre_norms, else x
-        a = residual_scale * attn_post_norm(attention(h))           attn_post_norm if block.post_norms
-        if block.parallel:
-            f = residual_scale * mlp_post_norm(mlp(mlp_norm(x)))    mlp(h) if block.shared_norm
-            x = x + a + f
-        else:
-            x = x + a
-            x = x + residual_scale * mlp_post_norm(mlp(mlp_norm(x)))    norms as above
-    logits = lm_head(final_norm(x)) * logits_scale                  lm_head is embed.tokens when tied
-    logits = cap(logits, logits_soft_cap)
-
-    attention(h):
-        q, k, v = attn.q(h), attn.k(h), attn.v(h)
-        q, k = q_norm(q), k_norm(k), then rotated by p              where qk_norm and rotary[i] say so
-        scores = cap(scale * (q k^T + alibi), soft_cap)             alibi: a bias of every key position
-        attn.out(softmax(scores, causal and inside windows[i]) v)
-
-    mlp(h), mlps[i] a FeedForward:   down(act(gate(h)) * up(h))     or down(act(up(h)))
-    mlp(h), mlps[i] an Experts:
-        p = softmax(router(h)); the top_k experts e of p            equal ones: the lowest index first
-        sum over e of p[e] * experts.e(h)                           p[e] / sum of them if normalised
-        + shared(h) * sigmoid(shared_gate(h))                       where there is a shared expert
-
-    cap(x, c) = c * tanh(x / c), or x without c
-
-`DecoderSpec.shapes()` lists every weight under its canonical name. Canonical orientation: a linear
-weight is (out, in), an embedding (num, hidden); heads lie one after another in the rows of q, k
-and v, and rotary pairs are (j, j + dim/2) inside a head ("rotate half").
-
 This file knows no file format, no config key and no runtime. A field exists only if a family sets
 it and the NumPy runner computes it; a default is the plain case that most families have.
 """
@@ -45,21 +11,25 @@ from math import prod
 
 from .positions import Alibi, Rotary
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")  # gelu is the exact one, by erf
-NORMS = ("layer", "rms")  # layer: mean removed, weight and bias; rms: weight only
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+NORMS = ("layer", "rms")
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    kind: str  # one of NORMS
+    """A normalisation over the last axis."""
+
+    kind: str  # layer: mean removed, weight and bias; rms: weight only
     eps: float
     unit_offset: bool = False  # multiplies by 1 + weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
+    """How every layer attends; what differs from layer to layer has an entry for each."""
+
     num_heads: int
-    num_kv_heads: int  # divides num_heads; query heads [i*g, (i+1)*g) share kv head i
+    num_kv_heads: int  # divides num_heads; query heads `[i*g, (i+1)*g)` share kv head i
     head_size: int
     scale: float  # multiplies q k^T
     qkv_bias: bool
@@ -74,8 +44,10 @@ class Attention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeedForward:
+    """One feed-forward of a layer."""
+
     size: int  # inner width
-    activation: str  # one of ACTIVATIONS
+    activation: str  # gelu (the exact one, by erf), gelu_tanh, relu or silu
     gated: bool  # down(act(gate(h)) * up(h)) instead of down(act(up(h)))
     bias: bool
 
@@ -103,6 +75,42 @@ class Block:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderSpec:
+    """What a decoder is. The NumPy runner interprets it, a graph emitter or a module builder translates it.
+
+    The forward pass that it stands for, for token ids at positions p (all modules in the sense of x @ W.T + b):
+
+        x = embed.tokens[ids] * embedding_scale (+ embed.positions[p])
+        for each layer i:
+            h = attn_norm(x)                                            if block.pre_norms, else x
+            a = residual_scale * attn_post_norm(attention(h))           attn_post_norm if block.post_norms
+            if block.parallel:
+                f = residual_scale * mlp_post_norm(mlp(mlp_norm(x)))    mlp(h) if block.shared_norm
+                x = x + a + f
+            else:
+                x = x + a
+                x = x + residual_scale * mlp_post_norm(mlp(mlp_norm(x)))    norms as above
+        logits = lm_head(final_norm(x)) * logits_scale                  lm_head is embed.tokens when tied
+        logits = cap(logits, logits_soft_cap)
+
+        attention(h):
+            q, k, v = attn.q(h), attn.k(h), attn.v(h)
+            q, k = q_norm(q), k_norm(k), then rotated by p              where qk_norm and rotary[i] say so
+            scores = cap(scale * (q k^T + alibi), soft_cap)             alibi: a bias of every key position
+            attn.out(softmax(scores, causal and inside windows[i]) v)
+
+        mlp(h), mlps[i] a FeedForward:   down(act(gate(h)) * up(h))     or down(act(up(h)))
+        mlp(h), mlps[i] an Experts:
+            p = softmax(router(h)); the top_k experts e of p            equal ones: the lowest index first
+            sum over e of p[e] * experts.e(h)                           p[e] / sum of them if normalised
+            + shared(h) * sigmoid(shared_gate(h))                       where there is a shared expert
+
+        cap(x, c) = c * tanh(x / c), or x without c
+
+    `shapes()` lists every weight under its canonical name. Canonical orientation: a linear
+    weight is (out, in), an embedding (num, hidden); heads lie one after another in the rows of q, k
+    and v, and rotary pairs are (j, j + dim/2) inside a head ("rotate half").
+    """
+
     architecture: str  # model_type of config.json
     vocab_size: int
     hidden_size: int

@@ -83,13 +83,14 @@ class Tensor:
     """One tensor of a file, or a part of it: a read-only view into the memory map."""
 
     name: str  # in the file
-    dtype: str  # key of DTYPES
+    dtype: str  # as the file spells it: F32, F16, BF16, ...
     array: NDArray[Any]  # any strides; BF16 as uint16
-    file: WeightsFile
+    file: WeightsFile  # where it lies
     is_grouped: bool = False  # the array's first two axes together are the tensor's rows
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Its own, whatever the array's axes are."""
         if self.is_grouped:
             groups, rows, *rest = self.array.shape
             return (groups * rows, *rest)
@@ -97,10 +98,12 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
+        """As stored in the file."""
         return self.array.nbytes
 
     @property
     def T(self) -> Tensor:
+        """Its axes in the opposite order, without a copy."""
         return Tensor(self.name, self.dtype, self.array.T, self.file)
 
     def rows(self, start: int, stop: int, groups: int = 1) -> Tensor:
