@@ -540,7 +540,7 @@ main()
         (
             ["ask", "--runner", "onnx", "hello"],
             3,
-            "no runner named 'onnx' is installed (have: http, mock, numpy, torch); try: pip install 'nanovllm[onnx]'",
+            "http, mock, numpy, torch); try: pip install 'nanovllm[onnx]'\n",
         ),
         (
             ["export", "onnx", "--model", "demo", "--output", "out"],
