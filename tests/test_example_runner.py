@@ -31,4 +31,5 @@ def test_the_jax_runner_passes_every_level_that_it_declares() -> None:
         "no token of the model makes NaN (poison_tokens)",  # example_runner_checks.py puts NaN into the pool
         "the configuration asks for no device but the CPU",
         "the runner does not declare batch_invariant",
+        "the engine's sampler honours them",
     }

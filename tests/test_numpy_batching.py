@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import model_cases
 from models_support import GPT2, LLAMA, QWEN2_WINDOW, QWEN3, write_checkpoint
+from nanovllm.testing.runner_border import BorderTests
 from nanovllm_runner_numpy import attention
 from numpy_support import Driver, make_runner
 
@@ -31,8 +30,12 @@ ROUNDING = {"rtol": 0, "atol": 5e-5}
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def runner(request, tmp_path_factory):
-    path = write_checkpoint(tmp_path_factory.mktemp(request.param), MODELS[request.param])
+def path(request, tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp(request.param), MODELS[request.param])
+
+
+@pytest.fixture(scope="module")
+def runner(path):
     return make_runner(path, block_size=4, num_blocks=200)
 
 
@@ -46,52 +49,19 @@ def fill(runner, value: float) -> None:
         pool.v[...] = value
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 16, 49])
-def test_chunked_equals_whole(runner, chunk):
-    tokens = prompt(50)
-    np.testing.assert_allclose(Driver(runner).logits(tokens, chunk=chunk), Driver(runner).logits(tokens), **ROUNDING)
+class TestBatching(BorderTests):
+    """Over blocks that hold NaN from earlier owners."""
 
+    rounding = 5e-5
 
-def test_any_order_of_blocks_gives_the_same_logits(runner):
-    tokens = prompt(50)
-    whole = Driver(runner).logits(tokens)
-    shuffled = np.random.default_rng(1).permutation(200).tolist()
-    np.testing.assert_allclose(Driver(runner, shuffled).logits(tokens), whole, **ROUNDING)
-    np.testing.assert_allclose(Driver(runner, shuffled).logits(tokens, chunk=1), whole, **ROUNDING)
+    @pytest.fixture(scope="class")
+    @classmethod
+    def config(cls, path):
+        return {"model": str(path), "runner": "numpy", "tokenizer": "simple"}
 
-
-@given(data=st.data())
-@settings(max_examples=12)
-def test_random_programs_equal_each_sequence_alone(runner, data):
-    """Sequences of random lengths advance by random chunks in random company, over shuffled blocks that
-    hold NaN from earlier owners."""
-    lengths = data.draw(st.lists(st.integers(1, 60), min_size=1, max_size=7))
-    texts = [prompt(length, seed=i) for i, length in enumerate(lengths)]
-    fill(runner, np.nan)
-    driver = Driver(runner, np.random.default_rng(data.draw(st.integers(0, 99))).permutation(200).tolist())
-    done = [0] * len(texts)
-    rows: list[list[np.ndarray]] = [[] for _ in texts]
-    while any(d < len(t) for d, t in zip(done, texts, strict=True)):
-        work = []
-        for lane, text in enumerate(texts):
-            left = len(text) - done[lane]
-            take = data.draw(st.sampled_from([left, 1, 1, 1, 5, 0])) if left else 0
-            if take := min(take, left):
-                work.append((lane, text, done[lane], done[lane] + take, data.draw(st.integers(0, take))))
-                done[lane] += take
-        if not work:
-            continue
-        out = driver.step(*work)
-        at = 0
-        for lane, _, _, stop, wanted in work:
-            rows[lane] += list(zip(range(stop - wanted, stop), out[at : at + wanted], strict=True))
-            at += wanted
-        assert at == len(out)
-    fill(runner, 0)
-    for text, got in zip(texts, rows, strict=True):
-        alone = Driver(runner).logits(text)
-        for position, row in got:
-            np.testing.assert_allclose(row, alone[position], **ROUNDING)
+    @pytest.fixture(autouse=True)
+    def _spoilt(self, sound):
+        fill(sound, np.nan)
 
 
 def test_nan_in_freed_blocks_reaches_nobody(runner):
@@ -135,10 +105,3 @@ def test_small_scratch_and_small_score_chunks_change_nothing(runner, monkeypatch
     small = run()
     np.testing.assert_allclose(small[0], big[0], **ROUNDING)
     np.testing.assert_allclose(small[1], big[1], **ROUNDING)
-
-
-def test_no_rows_wanted_computes_the_cache_all_the_same(runner):
-    tokens = prompt(20)
-    driver = Driver(runner)
-    assert driver.step((0, tokens, 0, 19, 0)).shape == (0, runner.info.vocab_size)
-    np.testing.assert_allclose(driver.step((0, tokens, 19, 20, 1))[0], Driver(runner).logits(tokens)[-1], **ROUNDING)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-import numpy_support
 from models_support import write_checkpoint
+from nanovllm.testing.runner_border import BorderTests
 from nanovllm_runner_onnx import devices, pieces
 from numpy_support import Driver
 from onnx_support import fill, make_runner
@@ -29,52 +27,17 @@ def runner(path):
     return make_runner(path, num_blocks=200)
 
 
-@pytest.fixture(scope="module")
-def numpy_runner(path):
-    return numpy_support.make_runner(path, num_blocks=200)
+class TestBatching(BorderTests):
+    """Over blocks that hold NaN from earlier owners."""
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def config(cls, path):
+        return {"model": str(path), "runner": {"type": "onnx", "threads": 1}, "tokenizer": "simple"}
 
-@pytest.mark.parametrize("chunk", [1, 3, 16, 49])
-def test_chunked_equals_whole(runner, numpy_runner, chunk):
-    tokens = prompt(50)
-    wanted = Driver(numpy_runner).logits(tokens)
-    np.testing.assert_allclose(Driver(runner).logits(tokens, chunk=chunk), wanted, **ROUNDING)
-
-
-def test_any_order_of_blocks_gives_the_same_logits(runner):
-    tokens = prompt(50)
-    whole = Driver(runner).logits(tokens)
-    shuffled = np.random.default_rng(1).permutation(200).tolist()
-    np.testing.assert_array_equal(Driver(runner, shuffled).logits(tokens), whole)
-
-
-@given(data=st.data())
-@settings(max_examples=8, deadline=None)
-def test_random_programs_equal_each_sequence_alone(runner, numpy_runner, data):
-    """Sequences of random lengths advance by random chunks in random company, over shuffled blocks that
-    hold NaN from earlier owners."""
-    lengths = data.draw(st.lists(st.integers(1, 60), min_size=1, max_size=7))
-    texts = [prompt(length, seed=i) for i, length in enumerate(lengths)]
-    fill(runner, np.nan)
-    driver = Driver(runner, np.random.default_rng(data.draw(st.integers(0, 99))).permutation(200).tolist())
-    alone = [Driver(numpy_runner).logits(text) for text in texts]
-    done = [0] * len(texts)
-    while any(d < len(t) for d, t in zip(done, texts, strict=True)):
-        work = []
-        wanted: list[np.ndarray] = []
-        for lane, text in enumerate(texts):
-            left = len(text) - done[lane]
-            take = min(data.draw(st.sampled_from([left, 1, 1, 1, 5, 0])) if left else 0, left)
-            if take:
-                rows = data.draw(st.integers(0, take))
-                stop = done[lane] + take
-                work.append((lane, text, done[lane], stop, rows))
-                wanted += list(alone[lane][stop - rows : stop])
-                done[lane] = stop
-        if work:
-            got = driver.step(*work)
-            assert len(got) == len(wanted)
-            np.testing.assert_allclose(got, np.array(wanted).reshape(got.shape), **ROUNDING)
+    @pytest.fixture(autouse=True)
+    def _spoilt(self, sound):
+        fill(sound, np.nan)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -98,13 +61,6 @@ def test_one_sequence_with_nan_leaves_its_neighbours_alone(runner):
     poisoned = driver.step(*((i, t, 19, 20, 1) for i, t in enumerate(tokens)))
     assert np.isnan(poisoned[1]).all()
     np.testing.assert_allclose(poisoned[[0, 2]], clean[[0, 2]], **ROUNDING)
-
-
-def test_no_rows_wanted_computes_the_cache_all_the_same(runner):
-    tokens = prompt(20)
-    driver = Driver(runner)
-    assert driver.step((0, tokens, 0, 19, 0)).shape == (0, runner.info.vocab_size)
-    np.testing.assert_allclose(driver.step((0, tokens, 19, 20, 1))[0], Driver(runner).logits(tokens)[-1], **ROUNDING)
 
 
 def test_no_input_of_a_step_is_ever_empty(runner, monkeypatch):

@@ -106,7 +106,7 @@ def test_a_path_that_is_not_there_says_what_is_expected(name, tmp_path):
 @pytest.mark.parametrize(("device", "extra"), [("cpu", "onnx"), ("cuda", "onnx-cuda"), ("directml", "onnx-directml")])
 def test_without_the_runtime_the_pip_line_of_the_device_is_said(device, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setattr(install, "_is_installed", lambda name: False)
+    monkeypatch.setattr(install, "installed_distributions", list)
     with pytest.raises(PluginError, match=rf"onnxruntime not installed.*; try: pip install 'nanovllm\[{extra}\]'"):
         install.import_onnxruntime(device)
 

@@ -1,74 +1,27 @@
-"""Through the engine: the torch runner's tokens are the NumPy runner's, however the requests were scheduled."""
+"""Through the engine: the torch runner's answers are the NumPy runner's, however the requests were scheduled."""
 
 from __future__ import annotations
-
-import json
 
 import numpy as np
 import pytest
 
-import numpy_support
-from engine_support import Answers, ask, drive, greedy, make_engine
+from engine_support import ask, drive, greedy, make_engine
 from models_support import LLAMA, file_tensors, write_checkpoint
-from nanovllm.request import SamplingParams
+from nanovllm.testing.runner_engine import EngineTests
 from support import DATA, needs_data
 from torch_support import Driver, fill, make_runner, sampler, torch
 
 MODEL = DATA / "checkpoints" / "stories260k"
-LENGTHS = (1, 3, 8, 17, 30, 44)  # of the prompts, the beginnings of one text
-
-# Engines that schedule the same requests in very different ways.
-ENGINES = {
-    "alone": {"max_num_seqs": 1, "prefix_caching": False},
-    "batched": {"prefix_caching": False},
-    "chunked": {"max_num_batched_tokens": 8, "prefix_caching": False},
-    "prefix-cached": {},
-    "everything": {"max_num_seqs": 4, "max_num_batched_tokens": 8},
-}
-POOLS = {"roomy": 256, "tight": 20}  # blocks of 4 tokens; of the tight one, two sequences preempt each other
-
-
-@pytest.fixture(scope="module")
-def text() -> list[int]:
-    """A story of the model's own."""
-    [case, *_] = json.loads((MODEL / "reference.json").read_text(encoding="utf-8"))["cases"]
-    return numpy_support.Driver(numpy_support.make_runner(MODEL)).greedy(case["input_ids"], 50)
-
-
-def answers(runner, text: list[int], params: list[SamplingParams], **options) -> tuple[list[list[int]], Answers]:
-    own = sampler.TorchSampler() if runner.info.sampler == "torch" else None
-    engine = make_engine(runner, sampler=own, **options)
-    tickets = [ask(engine, text[:n], p) for n, p in zip(LENGTHS, params, strict=True)]
-    found = drive(engine)
-    if runner.info.kv.num_blocks == POOLS["tight"] and options.get("max_num_seqs") != 1:
-        assert engine.stats().num_preemptions > 0
-    if options.get("prefix_caching", True) and runner.info.kv.num_blocks == POOLS["roomy"]:
-        again = ask(engine, text[: LENGTHS[-1]], params[-1])
-        done = drive(engine).of(again)
-        assert done.stats.num_cached_tokens > 0
-        assert list(done.token_ids) == found.ids(tickets[-1])
-    return [found.ids(t) for t in tickets], found
 
 
 @needs_data
-@pytest.mark.parametrize("pool", POOLS)
-@pytest.mark.parametrize("how", ENGINES)
-def test_greedy_tokens_are_numpys(how, pool, text):
-    params = [greedy(25)] * len(LENGTHS)
-    driver = numpy_support.Driver(numpy_support.make_runner(MODEL, num_blocks=256))
-    wanted = [driver.greedy(text[:n], 25, lane) for lane, n in enumerate(LENGTHS)]
-    runner = make_runner(MODEL, num_blocks=POOLS[pool])
-    assert answers(runner, text, params, **ENGINES[how])[0] == wanted
+class TestStories(EngineTests):
+    """Alone, in a crowd, in chunks, on cached prefixes, preempted, beside errors and aborts, with seeds."""
 
-
-@needs_data
-@pytest.mark.parametrize("how", ENGINES)
-def test_seeded_samples_are_numpys(how, text):
-    params = [SamplingParams(temperature=0.8, top_p=0.95, seed=i, max_tokens=20, ignore_eos=True) for i in range(6)]
-    wanted = answers(numpy_support.make_runner(MODEL, num_blocks=256), text, params, **ENGINES["alone"])[0]
-    got = answers(make_runner(MODEL, num_blocks=256), text, params, **ENGINES[how])[0]
-    assert got == wanted
-    assert len({tuple(tokens) for tokens in got}) == len(got)
+    @pytest.fixture(scope="class")
+    @classmethod
+    def config(cls):
+        return {"model": str(MODEL), "runner": {"type": "torch", "threads": 1, "device": "cpu", "dtype": "fp32"}}
 
 
 def test_every_slot_holds_what_its_own_token_computes(tmp_path, monkeypatch):

@@ -21,10 +21,12 @@ _COMMANDS = {
     "ask": ("nanovllm.cli.ask:ask", "Ask one or more questions and print the answers."),
     "bench": ("nanovllm.cli.bench:bench", "Measure speed, latencies, engine overhead and memory."),
     "chat": ("nanovllm.cli.chat:chat", "Talk with the model."),
+    "compare": ("nanovllm.cli.compare:compare", "Find the stage at which configurations differ."),
     "config": ("nanovllm.cli.config:config", "Show, check and describe the configuration."),
+    "doctor": ("nanovllm.cli.doctor:doctor", "Find out what really runs here, and what is wrong."),
     "generate": ("nanovllm.cli.generate:generate", "Continue a text."),
     "logits": ("nanovllm.cli.logits:logits", "Show the likeliest next tokens."),
-    "plugins": ("nanovllm.cli.plugins:plugins", "List the installed plugins, or show one."),
+    "plugins": ("nanovllm.cli.plugins:plugins", "List, show, write and test plugins."),
 }
 # Help for commands of this project's own plugins; anybody else's shows its distribution's summary.
 _PLUGIN_HELP = {
@@ -39,7 +41,8 @@ _PLUGIN_HELP = {
 _EPILOG = """\b
 Exit status:
   0    success
-  1    an unexpected error (run again with --debug); of `logits`: another token than expected
+  1    an unexpected error (run again with --debug); of `logits`: another token than expected;
+       of `compare`: something differs; of `doctor`: something is wrong; of `plugins test`: a test failed
   2    wrong usage, configuration or request
   3    a plugin is missing, broken or out of date
   4    the model or the tokenizer cannot be used
@@ -129,6 +132,9 @@ def summary(distribution: str) -> str:
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
     """One small, exact LLM engine; model runtimes are plugins chosen by a YAML file."""
+    from .terminal import log_sentences
+
+    log_sentences(with_tracebacks=debug)
 
 
 def main() -> None:

@@ -7,10 +7,17 @@ from typing import Any
 
 import click
 
+from .conformance import test
+from .new import new
+
 
 @click.group()
 def plugins() -> None:
-    """List the installed plugins, or show one."""
+    """List, show, write and test plugins."""
+
+
+plugins.add_command(new)
+plugins.add_command(test)
 
 
 @plugins.command("list")
@@ -73,7 +80,11 @@ def _describe(found: Any) -> list[str]:
     name = f"{found.name}@{found.distribution}"
     if found.group == "checkpoints":
         return [f"directory: {package_directory(found)}"]
-    if found.group in ("commands", "exporters", "inspectors", "models"):
+    if found.group == "conformance":
+        from ..testing import suite_for
+
+        return [f"object: {suite_for(found.name)!r}"]
+    if found.group not in ("runners", "tokenizers", "samplers", "observers"):
         return [f"object: {load_object(found)!r}"]
     plugin = Plugins().load(found.group, name)
     lines = [f"plugin API: {plugin.plugin.api_version}", f"hooks: {', '.join(plugin.hooks)}"]

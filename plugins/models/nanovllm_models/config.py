@@ -46,6 +46,11 @@ class Config:
         self._values = values
         self._read: set[str] = set()
 
+    @property
+    def read(self) -> frozenset[str]:
+        """The keys that were asked for so far."""
+        return frozenset(self._read)
+
     def get(self, key: str) -> Any:
         """The value as it stands, or None if absent or null."""
         self._read.add(key)
@@ -74,6 +79,7 @@ class Config:
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:
+        """True or false."""
         value = self.get(key)
         if value is None:
             return default
@@ -91,6 +97,7 @@ class Config:
         return allowed[value]
 
     def numbers(self, key: str, length: int) -> tuple[float, ...]:
+        """A list of `length` positive numbers. The key is required."""
         value = self.get(key)
         is_list = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == length
         if not is_list or not all(type(v) in (int, float) and MIN_NUMBER <= v <= MAX_NUMBER for v in value):
@@ -113,9 +120,11 @@ class Config:
                 )
 
     def contradiction(self, what: str) -> ModelError:
+        """The error to raise where two values cannot both be right."""
         return ModelError(f"{self.where}: {what}", hint="correct or restore the file")
 
     def unsupported(self, key: str, value: object, remedy: str) -> UnsupportedModelError:
+        """The error to raise for a value that is not implemented."""
         return UnsupportedModelError(f"{self.where}: {key} = {_show(value)} is not implemented", hint=remedy)
 
     def _bad(self, key: str, wanted: str, value: object) -> ModelError:
