@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from broken_runners import CHILDREN, FAULTS, POISON, truth
@@ -107,6 +108,13 @@ class Tiny(RunnerConformance):
     def numpy_parts(cls) -> Components:
         """What the NumPy runner is to others."""
         return build(load(overrides=config()))
+
+
+@pytest.fixture(autouse=True)
+def _own_error_state() -> Iterator[None]:
+    """ChangesTheProcess changes this one too."""
+    with np.errstate():
+        yield
 
 
 @pytest.fixture(scope="module")
