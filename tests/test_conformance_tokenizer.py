@@ -62,6 +62,11 @@ class TestHf(TokenizerConformance):
 
 
 class TestAuto(TokenizerConformance):
+    """The one that fits the files, which is none of the core's."""
+
+    def test_it_is_what_the_configuration_names(self, tokenizer: Any) -> None:
+        assert type(tokenizer).__module__ == "nanovllm_tokenizers.hf"
+
     @pytest.fixture(scope="class")
     @classmethod
     def config(cls) -> Any:

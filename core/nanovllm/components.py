@@ -99,12 +99,11 @@ def build_tokenizer(loaded: Loaded) -> Tokenizer | None:
     return _tokenizer(*_chosen(loaded))
 
 
-def _chosen(loaded: Loaded) -> tuple[Chosen, Context]:
-    """The plugins, and what each gets besides its own options."""
+def context(loaded: Loaded) -> Context:
+    """What every plugin gets, without its own options and without the tokenizer. Raises as `resolve_model` does."""
     config = loaded.config
     model, path = resolve_model(config.model)
-    chosen = choose(loaded, path)
-    return chosen, Context(
+    return Context(
         options=None,
         model=model,
         path=path,
@@ -120,6 +119,11 @@ def _chosen(loaded: Loaded) -> tuple[Chosen, Context]:
         max_model_len=config.scheduler.max_model_len,
         threads=config.runner.threads,
     )
+
+
+def _chosen(loaded: Loaded) -> tuple[Chosen, Context]:
+    ctx = context(loaded)
+    return choose(loaded, ctx.path), ctx
 
 
 def _tokenizer(chosen: Chosen, ctx: Context) -> Tokenizer | None:

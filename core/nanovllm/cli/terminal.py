@@ -35,10 +35,10 @@ class Sentences(logging.Formatter):
     """The message and what was raised, without the traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
+        from ..plugins import in_words
+
         message, raised = record.getMessage(), record.exc_info and record.exc_info[1]
-        if not raised or str(raised) in message:
-            return message
-        return f"{message}: {type(raised).__name__}: {' '.join(str(raised).split())}"
+        return message if not raised or str(raised) in message else f"{message}: {in_words(raised)}"
 
 
 def log_sentences(*, with_tracebacks: bool) -> None:

@@ -14,17 +14,16 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..child import run_child
-from ..components import build, create, plugin_options
+from ..components import build, build_tokenizer, context, create, plugin_options
 from ..config import load
 from ..errors import NanoVLLMError, PluginError
-from ..hookspecs import CacheOptions, Context
 from ..loader import Plugins, load_object
 from ..plugins import find, in_words
 
@@ -50,24 +49,15 @@ def make(group: str, config: Mapping[str, Any]) -> Any:
     """
     if group == "models":
         return load_object(find(group, config["model_type"]))
-    if group == "runners":
-        return build(load(overrides=config, environ={}))
-    if group == "tokenizers":
-        return build(load(overrides={"runner": "mock", **config}, environ={})).tokenizer
     loaded = load(overrides=config, environ={})
+    if group == "runners":
+        return build(loaded)
+    if group == "tokenizers":
+        return build_tokenizer(loaded)
     section = loaded.config.sampler
     plugin = Plugins().load(group, section.type)
-    ctx = Context(
-        options=plugin_options(plugin, "sampler", section.options, loaded.origins),
-        model=loaded.config.model,
-        path=None,
-        cache=CacheOptions(),
-        max_num_seqs=loaded.config.scheduler.max_num_seqs,
-        max_num_batched_tokens=loaded.config.scheduler.max_num_batched_tokens,
-        max_model_len=None,
-        threads=None,
-    )
-    return create(plugin, "sampler", ctx)
+    options = plugin_options(plugin, "sampler", section.options, loaded.origins)
+    return create(plugin, "sampler", replace(context(loaded), options=options))
 
 
 def plugin_name(group: str, config: Mapping[str, Any]) -> str:
